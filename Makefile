@@ -1,0 +1,40 @@
+# demo, test, bench, check: each sets up everything it needs by itself, in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test bench check format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m refconv_kernels demo --output demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=benchmarks/.last.json -q
+	$(BIN)/python -m benchmarks.report benchmarks/.last.json
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info refconv_kernels/*.so refconv_kernels/_build.json
+
+# torch first: the native build uses the headers of the torch that is installed.
+$(VENV)/.installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

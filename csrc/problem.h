@@ -1,0 +1,45 @@
+// The problems the kernels solve, as plain structs. No torch here: a kernel takes a problem and raw
+// pointers, so it compiles in seconds and is tested from C++ alone.
+#pragma once
+
+#include <cstdint>
+
+namespace refconv {
+
+// Depthwise convolution, all tensors dense NCHW, weight [channels * multiplier, 1, kernel_h, kernel_w]:
+//   y[n, co, i, j] = bias[co]
+//     + sum_{a,b} w[co, a, b] * x[n, co / multiplier, i * stride_h - pad_h + a * dilation_h,
+//                                                     j * stride_w - pad_w + b * dilation_w]
+struct DepthwiseProblem {
+  int64_t batch;
+  int64_t channels;    // input channels
+  int64_t multiplier;  // output channels per input channel
+  int64_t in_h, in_w;
+  int64_t out_h, out_w;
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t pad_h, pad_w;  // top and left; what lies beyond the input is zero
+  int64_t dilation_h, dilation_w;
+
+  int64_t out_channels() const { return channels * multiplier; }
+  int64_t taps() const { return kernel_h * kernel_w; }
+};
+
+// The Refocusing Transformation (Eq. 1 and 2 of the paper). `kernels` 2-D kernels in row-major (out, in)
+// order; each refocus group mixes `group_size` consecutive ones:
+//   W_t[n] = identity * W_b[n] + sum_{j < group_size} correlate(W_b[first_of_group(n) + j], W_r[n, j])
+// with zero padding map_size / 2. W_b, W_t: [kernels, kernel_h, kernel_w];
+// W_r: [kernels, group_size, map_size, map_size].
+struct RefocusProblem {
+  int64_t kernels;     // N = C_out * C_in / g
+  int64_t group_size;  // g
+  int64_t kernel_h, kernel_w;
+  int64_t map_size;  // k, odd
+  bool identity;
+
+  int64_t kernel_size() const { return kernel_h * kernel_w; }
+  int64_t map_taps() const { return map_size * map_size; }
+  int64_t row_length() const { return group_size * map_taps(); }  // entries of W_r per kernel
+};
+
+}  // namespace refconv

@@ -1,0 +1,20 @@
+"""RefConv, the reparameterized refocusing convolution, with fused kernels for PyTorch."""
+
+from refconv_kernels import functional
+from refconv_kernels.convert import refocus, reparameterize
+from refconv_kernels.modules import RefConv2d
+from refconv_kernels.ops import current_backend, use_backend
+from refconv_kernels.summary import summary
+from refconv_kernels.transforms import RefocusingTransformation
+
+__all__ = [
+    "RefConv2d",
+    "RefocusingTransformation",
+    "current_backend",
+    "functional",
+    "refocus",
+    "reparameterize",
+    "summary",
+    "use_backend",
+]
+__version__ = "0.1.0"

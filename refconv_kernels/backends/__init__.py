@@ -1,0 +1,1 @@
+"""One module per backend: what it needs, and the problems that its kernels cover."""

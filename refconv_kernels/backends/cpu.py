@@ -1,0 +1,58 @@
+"""The native CPU backend: which problems its kernels cover, and why it is off where it is off.
+
+The kernels are C++ (``csrc/cpu``); importing ``refconv_kernels._C`` registers them as the CPU
+implementations of the ``refconv_cpu`` operators, whose schemas are in :mod:`refconv_kernels.ops`.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.float64)
+
+native: ModuleType | None
+_import_error: str | None
+try:
+    from refconv_kernels import _C as native  # type: ignore[attr-defined,no-redef]
+
+    _import_error = None
+except ImportError as error:
+    native, _import_error = None, str(error)
+
+
+def unavailable() -> str | None:
+    """Why the native library cannot be used, in one line; None when it can."""
+    if native is not None:
+        return None
+    try:
+        reason = json.loads(resources.files("refconv_kernels").joinpath("_build.json").read_text())["skipped"]
+    except (OSError, KeyError, ValueError):
+        reason = None
+    return f"the native library was not built: {reason}" if reason else f"the native library: {_import_error}"
+
+
+def _limits(tensor: Tensor, name: str) -> str | None:
+    if tensor.device.type != "cpu":
+        return f"{name} is on {tensor.device}, the kernel runs on cpu"
+    if tensor.dtype not in _DTYPES:
+        return f"{name} has dtype {tensor.dtype}, the kernel covers float32 and float64"
+    return None
+
+
+def refocus_weight_limits(basis: Tensor, refocus: Tensor) -> str | None:
+    """Why the ``refocus_weight`` kernel does not cover this problem; None when it does."""
+    return _limits(basis, "basis")
+
+
+def depthwise_conv2d_limits(input: Tensor, weight: Tensor, groups: int) -> str | None:
+    """Why the ``depthwise_conv2d`` kernel does not cover this problem; None when it does."""
+    if groups != input.shape[-3] or weight.shape[1] != 1:
+        return f"groups (={groups}) differs from in_channels (={input.shape[-3]}), the kernel is depthwise"
+    if input.dim() == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
+        return "input is channels_last, the kernel covers NCHW"
+    return _limits(input, "input")

@@ -1,0 +1,1 @@
+"""Refocusing Learning (paper section III-C): data, networks, recipe and loop."""

@@ -1,0 +1,357 @@
+"""``RefConv2d``: the layer's state. What it computes is in :mod:`refconv_kernels.functional`."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refconv_kernels import functional
+from refconv_kernels.transforms import RefocusingTransformation, check_map_size
+
+__all__ = ["RefConv2d"]
+
+FORMS = ("full",)
+BASES = ("frozen", "trainable")
+_READ_ONLY = (
+    "RefConv2d.weight is computed from basis_weight and transform, so it cannot be set: "
+    "fold first (layer.fuse() or refconv_kernels.reparameterize(model))"
+)
+_HOOKS = (  # what a user may have registered on a convolution; the dictionaries move as they are
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+class RefConv2d(nn.Module):
+    """A convolution that trains a transformation of its frozen kernel: ``y = conv2d(x, T(W_b, W_r))``.
+
+    ``W_t = W_b * W_r + W_b`` (RefConv, Eq. 1). The basis weights ``W_b`` come from a pretrained convolution
+    and stay frozen; the refocusing weights ``W_r`` are trained; afterwards :meth:`fuse` stores ``W_t`` in a
+    plain :class:`torch.nn.Conv2d`. Everywhere else the layer behaves like :class:`torch.nn.Conv2d`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in
+            :class:`torch.nn.Conv2d`, sizes in pixels.
+        map_size: ``k``, the odd size of the refocusing weights' windows, at most the kernel's smaller side.
+        form: ``"full"``, parameters ``W_r`` as in the paper.
+        init: initial ``W_r``: ``"xavier"``, ``"zeros"`` (then ``W_t = W_b`` at first), ``"kaiming"`` or
+            ``"xavier_grouped"``; see :class:`~refconv_kernels.transforms.RefocusingTransformation`.
+        identity: add ``W_b`` in Eq. 1; False is the paper's "w/o shortcut".
+        basis: ``"frozen"``, or ``"trainable"`` for the paper's ablation. This sets ``requires_grad`` of
+            ``basis_weight``, which later calls of ``requires_grad_`` change like any other parameter's.
+        transform: any module that maps the basis to a tensor of the same shape and dtype, instead of the
+            default transformation that ``map_size``, ``form``, ``init`` and ``identity`` describe.
+        device, dtype: of the parameters.
+
+    Attributes:
+        basis_weight: ``W_b``, ``[C_out, C_in/groups, K_h, K_w]``.
+        transform: the Refocusing Transformation; its parameter is ``transform.weight``, ``[N, groups, k, k]``.
+        bias: ``[C_out]`` or None; trained.
+
+    Input ``[B, C_in, H, W]`` or ``[C_in, H, W]``; output as from :class:`torch.nn.Conv2d`.
+
+    ``load_state_dict`` also takes a plain convolution's ``weight`` and ``bias`` (``weight`` becomes the basis,
+    the transformation stays as it is) and a checkpoint of the authors' module (``weight``, ``convmap.weight``).
+
+    In eval mode without gradients ``W_t`` is computed once and kept until a parameter changes. A write through
+    ``parameter.data`` is invisible to PyTorch's version counter; call ``layer.eval()`` after one.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the rule.
+
+    Example:
+        >>> layer = RefConv2d(64, 64, 3, padding=1, groups=64)
+        >>> layer(torch.randn(2, 64, 14, 14)).shape
+        torch.Size([2, 64, 14, 14])
+        >>> layer.fuse()
+        Conv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=64)
+    """
+
+    __constants__ = ["stride", "padding", "dilation", "groups", "padding_mode", "in_channels", "out_channels"]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        map_size: int = 3,
+        form: str = "full",
+        init: str = "xavier",
+        identity: bool = True,
+        basis: str = "frozen",
+        transform: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        functional.check_groups(groups)
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
+                raise ValueError(f"{name} (={channels!r}) must be a positive int")
+            if channels % groups != 0:
+                raise ValueError(f"{name} (={channels}) must be divisible by groups (={groups})")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = functional.pair("kernel_size", kernel_size, 1)
+        self.stride = functional.pair("stride", stride, 1)
+        self.dilation = functional.pair("dilation", dilation, 1)
+        functional.check_padding(padding, padding_mode, self.stride)
+        self.padding = padding if isinstance(padding, str) else functional.pair("padding", padding, 0)
+        self.padding_mode = padding_mode
+        self.transposed, self.output_padding = False, (0, 0)  # read by code that handles nn.Conv2d
+        if form not in FORMS:
+            raise ValueError(f"form (={form!r}) must be one of {FORMS}")
+        if basis not in BASES:
+            raise ValueError(f"basis (={basis!r}) must be one of {BASES}")
+
+        kernels = out_channels * in_channels // groups
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.basis_weight = nn.Parameter(torch.empty(shape, **factory), requires_grad=basis == "trainable")
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels, **factory))
+        else:
+            self.register_parameter("bias", None)
+        if transform is None:
+            check_map_size(map_size)
+            if map_size > min(self.kernel_size):
+                raise ValueError(f"map_size (={map_size}) must be at most the kernel_size (={self.kernel_size})")
+            transform = RefocusingTransformation(kernels, groups, map_size, init=init, identity=identity, **factory)
+        elif not isinstance(transform, nn.Module):
+            raise TypeError(f"transform (={transform!r}) must be a torch.nn.Module")
+        elif (map_size, form, init, identity) != (3, "full", "xavier", True):
+            raise ValueError(
+                f"map_size (={map_size}), form (={form!r}), init (={init!r}) and identity (={identity}) describe "
+                "the default transformation; leave them out when transform is given"
+            )
+        self.transform = transform
+        self._folded_requires_grad = True  # of the weight that fuse() returns
+        self._kept: tuple[list[Any], Tensor] | None = None
+        self._reset_convolution()
+
+    def reset_parameters(self) -> None:
+        """Draw basis and bias as :class:`torch.nn.Conv2d` does, and the transformation as it defines."""
+        self._reset_convolution()
+        for module in self.transform.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+
+    def _reset_convolution(self) -> None:
+        nn.init.kaiming_uniform_(self.basis_weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.basis_weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    # --- conversion ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **options: Any) -> RefConv2d:
+        """A layer whose basis is a copy of ``conv``'s weight; bias, attributes, layout, hooks and mode follow.
+
+        Args:
+            conv: a plain :class:`torch.nn.Conv2d`, not a subclass, with a kernel that is not all zeros.
+            options: the keyword-only arguments of :class:`RefConv2d`, without ``device`` and ``dtype``.
+
+        Raises:
+            TypeError: ``conv`` is not a plain convolution.
+            ValueError: an option does not fit, or the kernel is all zeros.
+        """
+        if type(conv) is not nn.Conv2d:
+            raise TypeError(f"conv (={type(conv).__name__}) must be exactly torch.nn.Conv2d; a subclass may differ")
+        if _all_zero(conv.weight):
+            raise ValueError("conv.weight is all zeros: a frozen zero basis stays zero and gets no gradient")
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            **options,
+        )
+        layer.basis_weight.data = conv.weight.detach().clone()
+        if conv.bias is not None:
+            layer.bias.data = conv.bias.detach().clone()
+            layer.bias.requires_grad = conv.bias.requires_grad
+        layer._folded_requires_grad = conv.weight.requires_grad
+        return _like(conv, layer)
+
+    def fuse(self) -> nn.Conv2d:
+        """A plain :class:`torch.nn.Conv2d` holding ``W_t``: the same function, attributes, layout and mode.
+
+        bfloat16 and float16 parameters are combined in float32 and rounded once.
+        """
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            device="meta",
+        )
+        with torch.no_grad():
+            conv.weight = nn.Parameter(self.weight.clone(), requires_grad=self._folded_requires_grad)
+            if self.bias is not None:
+                conv.bias = nn.Parameter(self.bias.clone(), requires_grad=self.bias.requires_grad)
+        return _like(self, conv)
+
+    # --- computation --------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """``W_t``, computed anew at each access; read-only: writing into the result changes nothing."""
+        with torch.autocast(self.basis_weight.device.type, enabled=False):
+            weight = self.transform(self.basis_weight)
+        basis = self.basis_weight
+        if weight.shape != basis.shape or weight.dtype != basis.dtype:
+            raise ValueError(
+                f"transform returned {tuple(weight.shape)}, {weight.dtype}, but must keep the basis' shape and "
+                f"dtype, {tuple(basis.shape)}, {basis.dtype}"
+            )
+        return weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        keep = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        return functional.conv2d(
+            input,
+            self._kept_weight() if keep else self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            padding_mode=self.padding_mode,
+        )
+
+    def _kept_weight(self) -> Tensor:
+        sources = [self.basis_weight, *self.transform.parameters(), *self.transform.buffers()]
+        try:
+            state = [(t.data_ptr(), t._version) for t in sources]
+        except RuntimeError:  # inference tensors have no version, functorch's wrappers no address
+            return self.weight
+        if self._kept is not None:
+            kept, weight = self._kept
+            if len(kept) == len(sources) and all(
+                ref() is t and seen == now for (ref, seen), t, now in zip(kept, sources, state, strict=True)
+            ):
+                return weight
+        weight = self.weight
+        self._kept = [(weakref.ref(t), now) for t, now in zip(sources, state, strict=True)], weight
+        return weight
+
+    # --- state --------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> RefConv2d:
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RefConv2d:
+        self._kept = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(_READ_ONLY)
+        super().__setattr__(name, value)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As :meth:`torch.nn.Module.load_state_dict`; when it raises, the layer is as it was."""
+        before = {name: (tensor, tensor.detach().clone()) for name, tensor in self.state_dict(keep_vars=True).items()}
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except Exception:
+            for name, (tensor, value) in before.items():
+                owner, _, leaf = name.rpartition(".")
+                with torch.no_grad():
+                    tensor.copy_(value)
+                if assign:
+                    setattr(self.get_submodule(owner), leaf, tensor)
+            raise
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._kept = None
+        # The names of a plain convolution and of the authors' module.
+        for theirs, ours in (("weight", "basis_weight"), ("convmap.weight", "transform.weight")):
+            if prefix + theirs in state_dict and prefix + ours not in state_dict:
+                state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
+        own = {f"{prefix}transform.{name}": t for name, t in self.transform.state_dict(keep_vars=True).items()}
+        if not any(key.startswith(prefix + "transform.") for key in state_dict):
+            state_dict.update(own)  # a plain convolution: the transformation stays as it is
+
+        errors = []
+        for key, tensor in {f"{prefix}basis_weight": self.basis_weight, f"{prefix}bias": self.bias, **own}.items():
+            loaded = state_dict.get(key)
+            if tensor is not None and isinstance(loaded, Tensor) and loaded.shape != tensor.shape:
+                errors.append(f"size mismatch for {key}: {tuple(loaded.shape)} must be {tuple(tensor.shape)}")
+        basis = state_dict.get(f"{prefix}basis_weight")
+        if isinstance(basis, Tensor) and _all_zero(basis):
+            errors.append(f"{prefix}basis_weight is all zeros: a frozen zero basis stays zero and gets no gradient")
+        if errors:
+            error_msgs.extend(errors)
+            state_dict.update(own)  # so that the transformation, loaded after this, stays as it is too
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)!r}"
+        text += "" if self.bias is not None else ", bias=False"
+        return text + (", basis='trainable'" if self.basis_weight.requires_grad else "")
+
+
+def _all_zero(tensor: Tensor) -> bool:
+    return not tensor.is_meta and not bool(tensor.detach().count_nonzero())
+
+
+def _like(source: nn.Module, target: Any) -> Any:
+    """``target`` with the mode and the hooks of ``source``, the module whose place it takes."""
+    target.training = source.training
+    for module in target.children():
+        module.train(source.training)
+    for name in _HOOKS:
+        setattr(target, name, copy.copy(getattr(source, name)))
+    return target

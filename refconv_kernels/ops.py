@@ -1,0 +1,180 @@
+"""Operators: one schema and one fake kernel each, and the table that chooses the backend.
+
+An operator ``name`` of a backend ``b`` is the torch operator ``refconv_b::name``. All backends share the
+schema and the fake kernel defined here, so ``torch.compile``, ``torch.export`` and ``opcheck`` see them
+alike. Where no kernel covers a problem, :mod:`refconv_kernels.reference` runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refconv_kernels.backends import cpu
+
+# --- schemas and fake kernels -------------------------------------------------------------------------------
+
+_SCHEMAS = {
+    "refocus_weight": "(Tensor basis, Tensor refocus, bool identity) -> Tensor",
+    "refocus_weight_backward": "(Tensor grad_transformed, Tensor basis, int group_size, int map_size) -> Tensor",
+    "depthwise_conv2d": (
+        "(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
+    ),
+    "depthwise_conv2d_backward": (
+        "(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
+        "bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+def _fake_refocus_weight(basis: Tensor, refocus: Tensor, identity: bool) -> Tensor:
+    return basis.new_empty(basis.shape)
+
+
+def _fake_refocus_weight_backward(grad_transformed: Tensor, basis: Tensor, group_size: int, map_size: int) -> Tensor:
+    return basis.new_empty(basis.shape[0] * basis.shape[1], group_size, map_size, map_size)
+
+
+def _fake_depthwise_conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    height, width = (
+        (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1
+        for d in (0, 1)
+    )
+    return input.new_empty(input.shape[0], weight.shape[0], height, width)
+
+
+def _fake_depthwise_conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        input.new_empty(input.shape if need_input else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "refocus_weight": _fake_refocus_weight,
+    "refocus_weight_backward": _fake_refocus_weight_backward,
+    "depthwise_conv2d": _fake_depthwise_conv2d,
+    "depthwise_conv2d_backward": _fake_depthwise_conv2d_backward,
+}
+
+
+def _register(backend: str) -> None:
+    for name, schema in _SCHEMAS.items():
+        torch.library.define(f"refconv_{backend}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"refconv_{backend}::{name}", _FAKES[name])
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One operator of one backend: its forward and backward, and which problems it covers."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    limits: Callable[..., str | None]  # why a problem is not covered; None when it is
+
+
+#: Why a backend cannot run here; None when it can.
+UNAVAILABLE: dict[str, str | None] = {
+    "reference": None,
+    "cpu": cpu.unavailable(),
+    "triton": "no Triton kernels in this version",
+    "cuda": "no CUDA kernels in this version",
+}
+
+#: ``KERNELS[operator][backend]``, best backend first. What is not listed runs on the reference path.
+KERNELS: dict[str, dict[str, Kernel]] = {"refocus_weight": {}, "depthwise_conv2d": {}}
+
+if UNAVAILABLE["cpu"] is None:
+    _register("cpu")
+    _cpu = torch.ops.refconv_cpu
+    KERNELS["refocus_weight"]["cpu"] = Kernel(
+        _cpu.refocus_weight.default, _cpu.refocus_weight_backward.default, cpu.refocus_weight_limits
+    )
+    KERNELS["depthwise_conv2d"]["cpu"] = Kernel(
+        _cpu.depthwise_conv2d.default, _cpu.depthwise_conv2d_backward.default, cpu.depthwise_conv2d_limits
+    )
+
+
+def _checked(name: str, source: str) -> str:
+    if name != "auto" and name not in UNAVAILABLE:
+        raise ValueError(f"{source} (={name!r}) must be one of {('auto', *UNAVAILABLE)}")
+    reason = UNAVAILABLE.get(name)
+    if reason is not None:
+        raise RuntimeError(f"{source} (={name!r}) cannot run here: {reason}")
+    return name
+
+
+_wanted = _checked(os.environ.get("REFCONV_BACKEND") or "auto", "REFCONV_BACKEND")
+
+
+def current_backend() -> str:
+    """The backend asked for: ``"auto"`` unless ``REFCONV_BACKEND`` or :func:`use_backend` says otherwise."""
+    return _wanted
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the kernels for the block: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"auto"``.
+
+    ``"auto"``, the default, takes the best kernel that covers each problem, and the reference path where none
+    does. A backend named outright never falls back: a problem that one of its kernels does not cover raises.
+    (Convolutions that are not depthwise are PyTorch's on every backend.) The choice holds for the whole
+    process, and for the backward of what was computed inside the block.
+
+    Raises:
+        ValueError: the name is not a backend.
+        RuntimeError: the backend cannot run here; the message says why.
+
+    Example::
+
+        with refconv_kernels.use_backend("reference"):
+            y = layer(x)
+    """
+    global _wanted
+    before, _wanted = _wanted, _checked(name, "name")
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+def choose(operator: str, *problem: Any) -> str:
+    """The backend that runs ``operator`` on ``problem`` (the arguments of its ``limits``).
+
+    Raises:
+        RuntimeError: a backend was asked for by name and does not cover the problem.
+    """
+    if _wanted == "reference" or torch.compiler.is_exporting():
+        return "reference"
+    kernels = KERNELS[operator]
+    if _wanted == "auto":
+        for backend, kernel in kernels.items():
+            if kernel.limits(*problem) is None:
+                return backend
+        return "reference"
+    reason = kernels[_wanted].limits(*problem)
+    if reason is not None:
+        raise RuntimeError(f"backend {_wanted!r} does not cover this {operator}: {reason}")
+    return _wanted
