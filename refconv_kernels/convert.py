@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +12,6 @@ from refconv_kernels.modules import RefConv2d, _all_zero
 
 __all__ = ["refocus", "reparameterize"]
 
-Module = TypeVar("Module", bound=nn.Module)
 _CONVOLUTIONS = nn.modules.conv._ConvNd
 
 
@@ -64,13 +63,15 @@ def refocus(
             raise TypeError(f"{name} (={options[name]!r}) follows each convolution and cannot be given")
     model = model if inplace else copy.deepcopy(model)
     reasons = skip_reasons(model, options.get("map_size", 3), custom=transform is not None)
-    chosen = {}
+    chosen: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
         if reasons.get(name, "") is None and (where is None or where(name, module)):
             extra = {} if transform is None else {"transform": transform(module)}
             chosen[module] = RefConv2d.from_conv(module, **options, **extra)
     if not chosen and not allow_empty:
-        skipped = "; ".join(f"{name or 'model'}: {reason or 'not selected by where'}" for name, reason in reasons.items())
+        skipped = "; ".join(
+            f"{name or 'model'}: {reason or 'not selected by where'}" for name, reason in reasons.items()
+        )
         raise ValueError(
             f"model ({type(model).__name__}) has no convolution to refocus ({skipped or 'no convolutions at all'}); "
             "pass allow_empty=True to get it back unchanged"

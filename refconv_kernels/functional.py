@@ -7,6 +7,8 @@ runs on the backend that :func:`refconv_kernels.use_backend` or ``REFCONV_BACKEN
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +71,7 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
     _check_same("refocus", refocus, "basis", basis)
 
     dtype = basis.dtype
-    with torch.autocast(basis.device.type, enabled=False):
+    with no_autocast(basis):
         if dtype in _HALVES:
             basis, refocus = basis.float(), refocus.float()
         backend = choose("refocus_weight", basis, refocus)
@@ -133,7 +135,10 @@ def conv2d(
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias.shape (={tuple(bias.shape)}) must be (C_out,) = ({weight.shape[0]},)")
 
-    input, weight, bias = _autocast(input, weight, bias)
+    dtype = _autocast_dtype(input.device.type)
+    if dtype is not None:
+        input, weight = _cast(input, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
     _check_same("input", input, "weight", weight)
     if bias is not None:
         _check_same("bias", bias, "weight", weight)
@@ -195,6 +200,26 @@ def refconv2d(
     return conv2d(input, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)
 
 
+# --- autocast, shared with the module -----------------------------------------------------------------------
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast leaves operations on the device of ``tensor`` alone."""
+    device = tensor.device.type
+    return nullcontext() if _autocast_dtype(device) is None else torch.autocast(device, enabled=False)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """The type that autocast wants for a convolution on ``device``; None where it is off."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.dtype in (torch.float32, *_HALVES) else tensor  # as autocast does
+
+
 # --- validation, shared with the module ---------------------------------------------------------------------
 
 
@@ -206,7 +231,7 @@ def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
         both = ()
     if len(both) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in both):
         raise ValueError(f"{name} (={value!r}) must be an int of at least {least}, or two of them")
-    return both  # type: ignore[return-value]
+    return both
 
 
 def check_groups(groups: int) -> None:
@@ -268,16 +293,6 @@ def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
         raise TypeError(f"{name}.dtype (={tensor.dtype}) must be the dtype of {other_name} (={other.dtype})")
     if tensor.device != other.device:
         raise ValueError(f"{name}.device (={tensor.device}) must be the device of {other_name} (={other.device})")
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the type that autocast wants for a convolution; unchanged where it is off."""
-    device = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    eligible = (torch.float32, *_HALVES)
-    return tuple(t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors)
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:

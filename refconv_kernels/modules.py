@@ -79,8 +79,6 @@ class RefConv2d(nn.Module):
         Conv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=64)
     """
 
-    __constants__ = ["stride", "padding", "dilation", "groups", "padding_mode", "in_channels", "out_channels"]
-
     def __init__(
         self,
         in_channels: int,
@@ -214,11 +212,12 @@ class RefConv2d(nn.Module):
             self.dilation,
             self.groups,
             self.bias is not None,
-            self.padding_mode,
+            self.padding_mode,  # type: ignore[arg-type]
             device="meta",
         )
         with torch.no_grad():
-            conv.weight = nn.Parameter(self.weight.clone(), requires_grad=self._folded_requires_grad)
+            weight = torch.empty_like(self.basis_weight).copy_(self.weight)  # in the layout of the basis
+            conv.weight = nn.Parameter(weight, requires_grad=self._folded_requires_grad)
             if self.bias is not None:
                 conv.bias = nn.Parameter(self.bias.clone(), requires_grad=self.bias.requires_grad)
         return _like(self, conv)
@@ -228,7 +227,7 @@ class RefConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """``W_t``, computed anew at each access; read-only: writing into the result changes nothing."""
-        with torch.autocast(self.basis_weight.device.type, enabled=False):
+        with functional.no_autocast(self.basis_weight):
             weight = self.transform(self.basis_weight)
         basis = self.basis_weight
         if weight.shape != basis.shape or weight.dtype != basis.dtype:

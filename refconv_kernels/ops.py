@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from refconv_kernels.backends import cpu
 
@@ -163,10 +164,12 @@ def use_backend(name: str) -> Iterator[None]:
 def choose(operator: str, *problem: Any) -> str:
     """The backend that runs ``operator`` on ``problem`` (the arguments of its ``limits``).
 
+    Exported programs and forward-mode differentiation always take the reference path.
+
     Raises:
         RuntimeError: a backend was asked for by name and does not cover the problem.
     """
-    if _wanted == "reference" or torch.compiler.is_exporting():
+    if _wanted == "reference" or torch.compiler.is_exporting() or forward_ad._current_level >= 0:
         return "reference"
     kernels = KERNELS[operator]
     if _wanted == "auto":

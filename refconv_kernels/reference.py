@@ -20,9 +20,9 @@ def refocus_weight(basis: Tensor, refocus: Tensor, identity: bool) -> Tensor:
     """
     kernels, group_size, map_size, _ = refocus.shape
     image = basis.reshape(1, kernels, *basis.shape[2:])
-    moved = torch.nn.functional.conv2d(
-        image, refocus, padding=map_size // 2, groups=kernels // group_size
-    ).reshape(basis.shape)
+    moved = torch.nn.functional.conv2d(image, refocus, padding=map_size // 2, groups=kernels // group_size).reshape(
+        basis.shape
+    )
     return basis + moved if identity else moved
 
 

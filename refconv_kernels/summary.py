@@ -65,8 +65,8 @@ class Summary:
         mega = 1e-6
         lines += [
             "",
-            f"parameters   trained {self.training_parameters * mega:.2f} M, frozen {self.frozen_parameters * mega:.2f} M,"
-            f" deployed {self.deployed_parameters * mega:.2f} M",
+            f"parameters   trained {self.training_parameters * mega:.2f} M,"
+            f" frozen {self.frozen_parameters * mega:.2f} M, deployed {self.deployed_parameters * mega:.2f} M",
             f"bytes        training {self.training_bytes * mega:.2f} MB (without gradients and optimizer state),"
             f" deployed {self.deployed_bytes * mega:.2f} MB",
         ]
@@ -99,18 +99,19 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Summar
         name: reason or ("not selected" if refocused else "can be refocused")
         for name, reason in skip_reasons(model, min(sizes, default=3)).items()
     }
-    transforms = {id(p): p for m in refocused.values() for p in m.transform.parameters()}
-    transform_tensors = list({id(t): t for m in refocused.values() for t in m.transform.state_dict(keep_vars=True).values()}.values())
-    tensors = [*model.parameters(), *model.buffers()]
+    transforms = [m.transform for m in refocused.values()]
+    transform_tensors = {id(t) for m in transforms for t in (*m.parameters(), *m.buffers())}
+    parameters = _materialised(model.parameters())
+    tensors = [*parameters, *_materialised(model.buffers())]
     flops = [layer.transform_flops for layer in layers]
     return Summary(
         layers=layers,
         skipped=skipped,
-        training_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        frozen_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        deployed_parameters=sum(p.numel() for p in model.parameters() if id(p) not in transforms),
+        training_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        frozen_parameters=sum(p.numel() for p in parameters if not p.requires_grad),
+        deployed_parameters=sum(p.numel() for p in parameters if id(p) not in transform_tensors),
         training_bytes=_bytes(tensors),
-        deployed_bytes=_bytes(tensors) - _bytes(transform_tensors),
+        deployed_bytes=_bytes(t for t in tensors if id(t) not in transform_tensors),
         transform_flops=None if None in flops else sum(f for f in flops if f is not None),
         deployed_flops=None if input_size is None else _count_flops(model, input_size),
     )
@@ -119,15 +120,21 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Summar
 def _layer(name: str, layer: RefConv2d) -> LayerSummary:
     depthwise = layer.groups == layer.in_channels and layer.groups > 1
     transform, basis = layer.transform, layer.basis_weight
-    known = isinstance(transform, RefocusingTransformation)
+    flops = None
+    if isinstance(transform, RefocusingTransformation):
+        flops = transform.weight.numel() * basis[0, 0].numel()
     return LayerSummary(
         name=name,
         case="depthwise" if depthwise else "dense" if layer.groups == 1 else "groupwise",
         basis_shape=tuple(basis.shape),
         basis_trainable=basis.requires_grad,
         transform_parameters=sum(p.numel() for p in transform.parameters()),
-        transform_flops=transform.weight.numel() * basis[0, 0].numel() if known else None,
+        transform_flops=flops,
     )
+
+
+def _materialised(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t for t in tensors if not nn.parameter.is_lazy(t)]  # a lazy module's have no size yet
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,0 +1,212 @@
+// Every CPU kernel, on every instruction set of this machine, against loops written from the equations in
+// csrc/problem.h, in double. Buffers have exactly the size that the problem states and outputs start as NaN,
+// so under AddressSanitizer an access outside a tensor, and anywhere an element left unwritten, is caught.
+// Exit status 0 when all agree.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using refconv::DepthwiseProblem;
+using refconv::RefocusProblem;
+
+int failures = 0;
+int checks = 0;
+
+template <typename T>
+using Buffer = std::unique_ptr<T[]>;  // exact allocations: a std::vector may round its capacity up
+
+std::mt19937 generator(0);
+
+template <typename T>
+Buffer<T> random_buffer(int64_t size) {
+  std::normal_distribution<double> normal;
+  Buffer<T> buffer(new T[size]);
+  for (int64_t i = 0; i < size; ++i) buffer[i] = static_cast<T>(normal(generator));
+  return buffer;
+}
+
+template <typename T>
+Buffer<T> poisoned_buffer(int64_t size) {
+  Buffer<T> buffer(new T[size]);
+  for (int64_t i = 0; i < size; ++i) buffer[i] = std::numeric_limits<T>::quiet_NaN();
+  return buffer;
+}
+
+template <typename T>
+void expect_close(const std::string& what, const T* got, const std::vector<double>& want, double terms) {
+  const double scale = std::sqrt(terms) + 1;
+  const double tolerance = 16 * scale * static_cast<double>(std::numeric_limits<T>::epsilon());
+  ++checks;
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double error = std::fabs(static_cast<double>(got[i]) - want[i]);
+    if (!(error <= tolerance * (1 + std::fabs(want[i])))) {
+      std::printf("FAILED %s[%zu]: got %.9g, want %.9g\n", what.c_str(), i, static_cast<double>(got[i]), want[i]);
+      ++failures;
+      return;
+    }
+  }
+}
+
+// Calls visit(out index, in index, weight index) for every term of the depthwise sum.
+template <typename Visit>
+void for_each_term(const DepthwiseProblem& p, const Visit& visit) {
+  for (int64_t n = 0; n < p.batch; ++n)
+    for (int64_t co = 0; co < p.out_channels(); ++co)
+      for (int64_t i = 0; i < p.out_h; ++i)
+        for (int64_t j = 0; j < p.out_w; ++j)
+          for (int64_t a = 0; a < p.kernel_h; ++a)
+            for (int64_t b = 0; b < p.kernel_w; ++b) {
+              const int64_t h = i * p.stride_h - p.pad_h + a * p.dilation_h;
+              const int64_t w = j * p.stride_w - p.pad_w + b * p.dilation_w;
+              if (h < 0 || h >= p.in_h || w < 0 || w >= p.in_w) continue;
+              visit(((n * p.out_channels() + co) * p.out_h + i) * p.out_w + j,
+                    ((n * p.channels + co / p.multiplier) * p.in_h + h) * p.in_w + w,
+                    (co * p.kernel_h + a) * p.kernel_w + b);
+            }
+}
+
+template <typename T>
+void test_depthwise(const refconv::cpu::Kernels<T>& kernels, const std::string& isa, const DepthwiseProblem& p) {
+  const int64_t x_size = p.batch * p.channels * p.in_h * p.in_w, w_size = p.out_channels() * p.taps();
+  const int64_t y_size = p.batch * p.out_channels() * p.out_h * p.out_w;
+  const Buffer<T> x = random_buffer<T>(x_size), w = random_buffer<T>(w_size);
+  const Buffer<T> bias = random_buffer<T>(p.out_channels()), dy = random_buffer<T>(y_size);
+  const std::string name = isa + (sizeof(T) == 4 ? " f32" : " f64") + " K" + std::to_string(p.kernel_h) + "x" +
+                           std::to_string(p.kernel_w) + " s" + std::to_string(p.stride_h) + std::to_string(p.stride_w) +
+                           " p" + std::to_string(p.pad_h) + std::to_string(p.pad_w) + " d" +
+                           std::to_string(p.dilation_h) + std::to_string(p.dilation_w) + " m" +
+                           std::to_string(p.multiplier) + " " + std::to_string(p.in_h) + "x" + std::to_string(p.in_w);
+
+  std::vector<double> want_y(y_size), want_dx(x_size), want_dw(w_size), want_db(p.out_channels());
+  for_each_term(p, [&](int64_t o, int64_t i, int64_t t) {
+    want_y[o] += double(w[t]) * double(x[i]);
+    want_dx[i] += double(w[t]) * double(dy[o]);
+    want_dw[t] += double(x[i]) * double(dy[o]);
+  });
+  const int64_t out_plane = p.out_h * p.out_w;
+  for (int64_t o = 0; o < y_size; ++o) want_db[o / out_plane % p.out_channels()] += double(dy[o]);
+  std::vector<double> want_biased = want_y;
+  for (int64_t o = 0; o < y_size; ++o) want_biased[o] += double(bias[o / out_plane % p.out_channels()]);
+
+  // Split unevenly, as threads would.
+  const int64_t planes = p.batch * p.out_channels(), channel_cut = p.channels / 3, plane_cut = planes / 3;
+  Buffer<T> y = poisoned_buffer<T>(y_size);
+  kernels.depthwise_forward(p, x.get(), w.get(), bias.get(), y.get(), 0, plane_cut);
+  kernels.depthwise_forward(p, x.get(), w.get(), bias.get(), y.get(), plane_cut, planes);
+  expect_close("forward " + name, y.get(), want_biased, p.taps());
+  y = poisoned_buffer<T>(y_size);
+  kernels.depthwise_forward(p, x.get(), w.get(), nullptr, y.get(), 0, planes);
+  expect_close("forward without bias " + name, y.get(), want_y, p.taps());
+
+  for (int wanted = 1; wanted < 8; ++wanted) {  // every combination of outputs
+    Buffer<T> dx = poisoned_buffer<T>(x_size), dw = poisoned_buffer<T>(w_size);
+    Buffer<T> db = poisoned_buffer<T>(p.out_channels());
+    const auto run = [&](int64_t begin, int64_t end) {
+      kernels.depthwise_backward(p, dy.get(), x.get(), w.get(), wanted & 1 ? dx.get() : nullptr,
+                                 wanted & 2 ? dw.get() : nullptr, wanted & 4 ? db.get() : nullptr, begin, end);
+    };
+    run(0, channel_cut);
+    run(channel_cut, p.channels);
+    if (wanted & 1) expect_close("dx " + name, dx.get(), want_dx, p.taps() * p.multiplier);
+    if (wanted & 2) expect_close("dW " + name, dw.get(), want_dw, p.batch * out_plane);
+    if (wanted & 4) expect_close("dbias " + name, db.get(), want_db, p.batch * out_plane);
+  }
+}
+
+template <typename T>
+void test_refocus(const refconv::cpu::Kernels<T>& kernels, const std::string& isa, const RefocusProblem& p) {
+  const int64_t size = p.kernel_size(), length = p.row_length(), k = p.map_size;
+  const Buffer<T> basis = random_buffer<T>(p.kernels * size), refocus = random_buffer<T>(p.kernels * length);
+  const Buffer<T> grad = random_buffer<T>(p.kernels * size);
+  std::vector<double> want_t(p.kernels * size), want_r(p.kernels * length);
+  for (int64_t n = 0; n < p.kernels; ++n)
+    for (int64_t h = 0; h < p.kernel_h; ++h)
+      for (int64_t w = 0; w < p.kernel_w; ++w) {
+        const int64_t o = (n * p.kernel_h + h) * p.kernel_w + w;
+        if (p.identity) want_t[o] += double(basis[o]);
+        for (int64_t j = 0; j < p.group_size; ++j)
+          for (int64_t a = 0; a < k; ++a)
+            for (int64_t b = 0; b < k; ++b) {
+              const int64_t row = h + a - k / 2, col = w + b - k / 2;
+              if (row < 0 || row >= p.kernel_h || col < 0 || col >= p.kernel_w) continue;
+              const int64_t r = ((n * p.group_size + j) * k + a) * k + b;
+              const int64_t source = n / p.group_size * p.group_size + j;
+              const double value = double(basis[(source * p.kernel_h + row) * p.kernel_w + col]);
+              want_t[o] += double(refocus[r]) * value;
+              want_r[r] += double(grad[o]) * value;
+            }
+      }
+  const std::string name = isa + (sizeof(T) == 4 ? " f32" : " f64") + " N" + std::to_string(p.kernels) + " g" +
+                           std::to_string(p.group_size) + " K" + std::to_string(p.kernel_h) + "x" +
+                           std::to_string(p.kernel_w) + " k" + std::to_string(k);
+  const int64_t cut = p.kernels / 3;
+  Buffer<T> transformed = poisoned_buffer<T>(p.kernels * size), grad_refocus = poisoned_buffer<T>(p.kernels * length);
+  kernels.refocus_forward(p, basis.get(), refocus.get(), transformed.get(), 0, cut);
+  kernels.refocus_forward(p, basis.get(), refocus.get(), transformed.get(), cut, p.kernels);
+  kernels.refocus_backward(p, grad.get(), basis.get(), grad_refocus.get(), 0, cut);
+  kernels.refocus_backward(p, grad.get(), basis.get(), grad_refocus.get(), cut, p.kernels);
+  expect_close("W_t " + name, transformed.get(), want_t, length);
+  expect_close("dW_r " + name, grad_refocus.get(), want_r, size);
+}
+
+DepthwiseProblem depthwise(int64_t channels, int64_t multiplier, int64_t in_h, int64_t in_w, int64_t kernel_h,
+                           int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
+                           int64_t dilation_h, int64_t dilation_w) {
+  DepthwiseProblem p{2,        channels, multiplier, in_h,  in_w,       0,         0, kernel_h, kernel_w, stride_h,
+                     stride_w, pad_h,    pad_w,      dilation_h, dilation_w};
+  p.out_h = (in_h + 2 * pad_h - (kernel_h - 1) * dilation_h - 1) / stride_h + 1;
+  p.out_w = (in_w + 2 * pad_w - (kernel_w - 1) * dilation_w - 1) / stride_w + 1;
+  return p;
+}
+
+template <typename T>
+void test_all(const refconv::cpu::Kernels<T>& kernels, const std::string& isa) {
+  // Widths straddle one and two vectors of every instruction set (2 to 16 lanes).
+  for (const int64_t width : {1, 2, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 31, 32, 33}) {
+    for (const int64_t kernel : {1, 2, 3, 5, 7}) {
+      test_depthwise(kernels, isa, depthwise(3, 1, 6, width, kernel, kernel, 1, 1, kernel / 2, kernel / 2, 1, 1));
+    }
+    test_depthwise(kernels, isa, depthwise(2, 1, 9, width, 3, 3, 2, 2, 1, 1, 1, 1));
+    test_depthwise(kernels, isa, depthwise(2, 2, 5, width, 3, 3, 1, 1, 1, 1, 1, 1));
+    test_depthwise(kernels, isa, depthwise(2, 1, 7, width, 3, 5, 2, 1, 0, 4, 2, 2));
+  }
+  test_depthwise(kernels, isa, depthwise(4, 3, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
+  test_depthwise(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));    // more padding than kernel
+  test_depthwise(kernels, isa, depthwise(1, 1, 3, 3, 2, 2, 5, 5, 0, 0, 1, 1));    // stride beyond the kernel
+  test_depthwise(kernels, isa, depthwise(1, 1, 20, 40, 11, 31, 1, 1, 5, 15, 1, 1));
+  test_depthwise(kernels, isa, depthwise(1, 1, 40, 20, 3, 3, 1, 3, 4, 4, 4, 4));
+  for (const bool identity : {true, false}) {
+    // Row lengths straddle the wide path's threshold and vectors, kernel counts its blocks of rows.
+    for (const int64_t group : {1, 2, 3, 7, 8, 9, 10, 17, 33}) {
+      for (const int64_t map : {1, 3, 5}) {
+        test_refocus(kernels, isa, RefocusProblem{2 * group, group, 3, 3, map, identity});
+        test_refocus(kernels, isa, RefocusProblem{group, group, 5, 2, map, identity});
+      }
+    }
+    test_refocus(kernels, isa, RefocusProblem{131, 131, 3, 3, 3, identity});  // more than one block of a row
+    test_refocus(kernels, isa, RefocusProblem{22, 11, 7, 7, 3, identity});
+    test_refocus(kernels, isa, RefocusProblem{35, 1, 7, 7, 7, identity});
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const auto* set : refconv::cpu::instruction_sets()) {
+    refconv::cpu::set_instruction_set(set->name);
+    test_all(refconv::cpu::kernels<float>(), set->name);
+    test_all(refconv::cpu::kernels<double>(), set->name);
+    std::printf("%s: done\n", set->name);
+  }
+  std::printf("%d checks, %d failed\n", checks, failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,337 @@
+"""Operators of every backend against the reference in float64; schemas; the choice of backend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import refconv_kernels
+from refconv_kernels import functional, ops, reference, use_backend
+from refconv_kernels.backends import cpu
+from tests.cases import CASES, DEPTHWISE, SMALL, Case, cases
+from tests.conftest import BACKENDS, needs_native
+from tests.tolerances import assert_close
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+KERNEL_DTYPES = [torch.float32, torch.float64]
+
+
+def run(
+    case: Case, tensors: list[Tensor | None], layout: torch.memory_format = torch.contiguous_format
+) -> list[Tensor]:
+    """Output and all gradients of ``refconv2d``, for a fixed cotangent."""
+    leaves = [t.detach().clone(memory_format=torch.preserve_format) if t is not None else None for t in tensors]
+    leaves[0] = leaves[0].contiguous(memory_format=layout)
+    for leaf in leaves:
+        if leaf is not None:
+            leaf.requires_grad_()
+    x, basis, refocus, bias = leaves
+    options = {k: v for k, v in case.options.items() if k != "bias"}
+    y = functional.refconv2d(x, basis, refocus, bias, **options)
+    ramp = torch.linspace(-1, 1, max(1, y.numel()), dtype=torch.float64)[: y.numel()].view(y.shape)
+    grads = torch.autograd.grad(y, [t for t in leaves if t is not None], ramp.to(y.dtype))
+    return [y.detach(), *grads]
+
+
+def layout_of(tensor: Tensor) -> list[int]:
+    """Strides of the dimensions that have any."""
+    return (
+        [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+        if tensor.numel()
+        else []
+    )
+
+
+def check(case: Case, backend: str, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> None:
+    tensors = [t.to(dtype) if t is not None else None for t in (case.input(), *case.tensors())]
+    with use_backend("reference"):
+        want = run(case, [t.double() if t is not None else None for t in tensors])
+        formula = run(case, tensors, layout)
+    with use_backend(backend):
+        got = run(case, tensors, layout)
+    assert layout_of(got[0]) == layout_of(formula[0])  # y
+    assert layout_of(got[1]) == layout_of(formula[1])  # dx
+    for ours, theirs, exact in zip(got, formula, want, strict=True):
+        assert ours.dtype == dtype
+        if dtype in KERNEL_DTYPES:
+            assert_close(ours, exact, case.reduction)
+        elif exact.numel():  # halves: at most twice the error of PyTorch's own formula in the same precision
+            bound = 2 * (theirs.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+            assert (ours.double() - exact).abs().max() <= bound
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_auto_against_float64(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    check(case, "auto", dtype, layout)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_each_backend_against_float64(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check(case, backend, dtype)
+
+
+@settings(max_examples=200)
+@given(case=cases(depthwise=True), dtype=st.sampled_from(KERNEL_DTYPES))
+def test_any_depthwise_problem(case: Case, dtype: torch.dtype) -> None:
+    for backend in BACKENDS:
+        check(case, backend, dtype)
+
+
+@given(case=cases(), dtype=st.sampled_from(KERNEL_DTYPES))
+def test_any_problem(case: Case, dtype: torch.dtype) -> None:
+    for backend in BACKENDS:
+        check(case, backend, dtype)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.batch], ids=str)
+def test_strided_input_and_weights(case: Case, backend: str) -> None:
+    """Slices of larger tensors give what their copies give."""
+    x, (basis, refocus, bias) = case.input(torch.float32), case.tensors(torch.float32)
+    options = {k: v for k, v in case.options.items() if k != "bias"}
+    big = torch.randn(case.batch, case.in_channels + 2, case.height, 2 * case.width)
+    big[:, 1:-1, :, ::2] = x
+    basis_t = basis.transpose(2, 3).contiguous().transpose(2, 3)
+    refocus_t = torch.stack((refocus, refocus), -1)[..., 0]
+    with use_backend(backend):
+        want = functional.refconv2d(x, basis, refocus, bias, **options)
+        got = functional.refconv2d(big[:, 1:-1, :, ::2], basis_t, refocus_t, bias, **options)
+    torch.testing.assert_close(got, want)
+
+
+# --- the native kernels -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _isa() -> Iterator[None]:
+    before = cpu.native.instruction_set()
+    yield
+    cpu.native.set_instruction_set(before)
+
+
+@needs_native
+@pytest.mark.usefixtures("_isa", "poisoned")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_instruction_set(case: Case) -> None:
+    assert cpu.native.instruction_sets()[-1] == "portable"
+    for name in cpu.native.instruction_sets():
+        cpu.native.set_instruction_set(name)
+        assert cpu.native.instruction_set() == name
+        check(case, "cpu", torch.float32)
+
+
+@needs_native
+def test_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match=r"instruction set \(='mmx'\) must be one that this machine runs: .*portable"):
+        cpu.native.set_instruction_set("mmx")
+    code = "from refconv_kernels.backends import cpu; print(cpu.native.instruction_set())"
+    for name in cpu.native.instruction_sets():
+        env = {**os.environ, "REFCONV_CPU_ISA": name}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == name
+
+
+@needs_native
+def test_build_info() -> None:
+    info = cpu.native.build_info()
+    assert info["torch_abi_target"] == "2.11"
+    assert info["build_type"] == "Release"
+    assert info["compiler"]
+    assert info["torch_headers"]
+
+
+@needs_native
+@pytest.mark.parametrize("case", [Case("many_planes", 23, 23, (3, 3), 23, batch=5), *DEPTHWISE[:3]], ids=str)
+def test_results_do_not_depend_on_threads(case: Case) -> None:
+    case_tensors = [case.input(torch.float32), *case.tensors(torch.float32)]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            with use_backend("cpu"):
+                results.append(run(case, case_tensors))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@needs_native
+def test_infinity_reaches_only_the_taps_that_see_it() -> None:
+    """0 * infinity must not leak from vector lanes past the end of a row."""
+    x, weight = torch.randn(1, 1, 5, 7), torch.randn(1, 1, 3, 3)
+    x[0, 0, 2, 6] = float("inf")
+    op = torch.ops.refconv_cpu.depthwise_conv2d_backward.default
+    got = op(torch.ones(1, 1, 3, 5), x, weight, [1, 1], [0, 0], [1, 1], False, True, False)[1]
+    want = reference.conv2d_backward(
+        torch.ones(1, 1, 3, 5), x, weight, (1, 1), (0, 0), (1, 1), 1, (False, True, False)
+    )[1]
+    assert torch.equal(got.isinf(), want.isinf())
+    assert not got.isnan().any()
+
+
+def _samples(name: str, case: Case) -> tuple[object, ...]:
+    x, (basis, refocus, bias) = case.input(torch.float32), case.tensors(torch.float32)
+    geometry = (list(case.stride), list(case.padding), list(case.dilation))
+    if name == "refocus_weight":
+        return basis, refocus, True
+    if name == "refocus_weight_backward":
+        return torch.randn_like(basis), basis, case.groups, case.map_size
+    if name == "depthwise_conv2d":
+        return x, basis, bias, *geometry
+    y = reference.conv2d(x, basis, bias, *geometry, case.groups)
+    return torch.randn_like(y), x, basis, *geometry, True, case.bias, False
+
+
+@needs_native
+@pytest.mark.parametrize("name", list(ops._SCHEMAS))
+@pytest.mark.parametrize("case", [c for c in SMALL if not isinstance(c.padding, str)], ids=str)
+def test_opcheck(name: str, case: Case) -> None:
+    if name.startswith("depthwise") and case not in DEPTHWISE and "depthwise" not in case.name:
+        case = SMALL[0]
+    torch.library.opcheck(getattr(torch.ops.refconv_cpu, name).default, _samples(name, case))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "depthwise_conv2d",
+            {2: None, **{i: t.half() for i, t in enumerate((torch.randn(2, 6, 7, 9), torch.randn(6, 1, 3, 3)))}},
+            "dtype must be float32 or float64",
+        ),
+        ("depthwise_conv2d", {0: torch.randn(6, 7, 9)}, "number of dimensions"),
+        ("depthwise_conv2d", {1: torch.randn(6, 1, 3, 3).double()}, "of one dtype"),
+        ("depthwise_conv2d", {1: torch.randn(7, 1, 3, 3)}, "weight must be"),
+        ("depthwise_conv2d", {1: torch.randn(6, 1, 30, 3)}, "must fit into the padded input"),
+        ("depthwise_conv2d", {2: torch.randn(5)}, "one element per output channel"),
+        ("depthwise_conv2d", {3: [0, 1]}, "must be positive"),
+        ("depthwise_conv2d_backward", {0: torch.randn(2, 6, 7, 8)}, "shape of the output"),
+        ("refocus_weight", {1: torch.randn(6, 4, 3, 3)}, "must divide"),
+        ("refocus_weight", {1: torch.randn(6, 6, 2, 2)}, "must be odd"),
+        ("refocus_weight", {1: torch.randn(6, 6, 3, 5)}, "map_size, map_size"),
+        ("refocus_weight_backward", {0: torch.randn(5, 1, 3, 3)}, "shape of basis"),
+    ],
+)
+def test_raw_operators_refuse_what_would_leave_the_tensors(name: str, change: dict[int, object], message: str) -> None:
+    args = list(_samples(name, DEPTHWISE[0]))
+    for index, value in change.items():
+        args[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.refconv_cpu, name).default(*args)
+
+
+# --- choice of backend --------------------------------------------------------------------------------------
+
+
+def test_use_backend_nests_and_restores() -> None:
+    assert refconv_kernels.current_backend() == "auto"
+    with use_backend("reference"):
+        assert refconv_kernels.current_backend() == "reference"
+        with use_backend("auto"):
+            assert refconv_kernels.current_backend() == "auto"
+        assert refconv_kernels.current_backend() == "reference"
+    with pytest.raises(ZeroDivisionError), use_backend("reference"):
+        raise ZeroDivisionError
+    assert refconv_kernels.current_backend() == "auto"
+
+
+def test_unknown_and_unavailable_backends_raise_and_say_why() -> None:
+    with (
+        pytest.raises(ValueError, match=r"name \(='gpu'\) must be one of \('auto', 'reference', 'cpu'"),
+        use_backend("gpu"),
+    ):
+        pass
+    with (
+        pytest.raises(RuntimeError, match=r"name \(='triton'\) cannot run here: no Triton kernels"),
+        use_backend("triton"),
+    ):
+        pass
+    assert refconv_kernels.current_backend() == "auto"
+
+
+@needs_native
+def test_a_named_backend_never_falls_back() -> None:
+    x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
+    with use_backend("cpu"):
+        with pytest.raises(
+            RuntimeError, match=r"'cpu' does not cover this depthwise_conv2d: input has dtype torch.bfloat16"
+        ):
+            functional.conv2d(x.bfloat16(), weight.bfloat16(), groups=4)
+        with pytest.raises(RuntimeError, match="input is channels_last, the kernel covers NCHW"):
+            functional.conv2d(x.to(memory_format=torch.channels_last), weight, groups=4)
+        with pytest.raises(RuntimeError, match="basis has dtype torch.complex64"):
+            functional.refocus_weight(weight.cfloat(), torch.zeros(4, 4, 3, 3).cfloat())
+        with pytest.raises(RuntimeError, match="basis is on meta, the kernel runs on cpu"):
+            functional.refocus_weight(weight.to("meta"), torch.zeros(4, 4, 3, 3, device="meta"))
+        functional.conv2d(x, torch.randn(3, 4, 3, 3))  # not depthwise: PyTorch's own on every backend
+
+
+@needs_native
+def test_auto_takes_the_native_kernel_and_reference_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def limits(*problem: object) -> str | None:
+        calls.append(problem)
+        return None
+
+    monkeypatch.setitem(
+        ops.KERNELS["depthwise_conv2d"],
+        "cpu",
+        ops.Kernel(lambda *a: calls.append("forward") or a[0].clone(), lambda *a: None, limits),
+    )
+    x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
+    functional.conv2d(x, weight, groups=4)
+    assert calls[-1] == "forward"
+    calls.clear()
+    with use_backend("reference"):
+        functional.conv2d(x, weight, groups=4)
+    functional.conv2d(x, torch.randn(4, 4, 3, 3))
+    assert calls == []
+
+
+def test_depthwise_limits_name_what_is_not_covered() -> None:
+    x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 2, 3, 3)
+    assert (
+        cpu.depthwise_conv2d_limits(x, weight, 2)
+        == "groups (=2) differs from in_channels (=4), the kernel is depthwise"
+    )
+    assert cpu.depthwise_conv2d_limits(x, torch.randn(8, 1, 3, 3), 4) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("reference", "reference"),
+        ("", "auto"),
+        ("nonsense", "ValueError: REFCONV_BACKEND (='nonsense') must be one of"),
+    ],
+)
+def test_environment_variable(value: str, expected: str) -> None:
+    code = "import refconv_kernels; print(refconv_kernels.current_backend())"
+    env = {**os.environ, "REFCONV_BACKEND": value}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert expected in done.stdout + done.stderr
+
+
+def test_backward_uses_the_backend_of_the_forward() -> None:
+    x, weight = torch.randn(1, 4, 5, 5, requires_grad=True), torch.randn(4, 1, 3, 3)
+    y = functional.conv2d(x, weight, groups=4)
+    with use_backend("reference"):
+        name = y.grad_fn.name()
+        assert ("DepthwiseConv2d" in name) == ("cpu" in BACKENDS)
+        y.sum().backward()
+    assert x.grad is not None
