@@ -1,10 +1,10 @@
-# demo, test, bench, check: each sets up everything it needs by itself, in $(VENV).
+# demo, test, bench, check (lint and test): each sets up everything it needs by itself, in $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench check format clean
+.PHONY: demo test bench lint check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m refconv_kernels demo --output demo
@@ -16,12 +16,13 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=benchmarks/.last.json -q
 	$(BIN)/python -m benchmarks.report benchmarks/.last.json
 
-check: $(VENV)/.installed
-	$(BIN)/ruff check .
+lint: $(VENV)/.installed
+	$(BIN)/ruff check --output-format concise .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+check: lint test
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -6,7 +6,6 @@
 // call from touching memory that is not its own.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -114,9 +113,8 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, const std::op
     const T* w_data = w.template const_data_ptr<T>();
     const T* b_data = optional_data<T>(b);
     T* y_data = y.template mutable_data_ptr<T>();
-    parallel(p.batch * p.out_channels(), p.out_h * p.out_w * p.taps(), [&](int64_t begin, int64_t end) {
-      kernel(p, x_data, w_data, b_data, y_data, begin, end);
-    });
+    parallel(p.batch * p.out_channels(), p.out_h * p.out_w * p.taps(),
+             [&](int64_t begin, int64_t end) { kernel(p, x_data, w_data, b_data, y_data, begin, end); });
   });
   return y;
 }
@@ -184,9 +182,8 @@ Tensor refocus_weight(const Tensor& basis, const Tensor& refocus, bool identity)
     const T* b_data = b.template const_data_ptr<T>();
     const T* r_data = r.template const_data_ptr<T>();
     T* t_data = transformed.template mutable_data_ptr<T>();
-    parallel(p.kernels, p.row_length() * p.kernel_size(), [&](int64_t begin, int64_t end) {
-      kernel(p, b_data, r_data, t_data, begin, end);
-    });
+    parallel(p.kernels, p.row_length() * p.kernel_size(),
+             [&](int64_t begin, int64_t end) { kernel(p, b_data, r_data, t_data, begin, end); });
   });
   return transformed;
 }
@@ -205,9 +202,8 @@ Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& bas
     const T* g_data = g.template const_data_ptr<T>();
     const T* b_data = b.template const_data_ptr<T>();
     T* r_data = grad_refocus.template mutable_data_ptr<T>();
-    parallel(p.kernels, p.row_length() * p.kernel_size(), [&](int64_t begin, int64_t end) {
-      kernel(p, g_data, b_data, r_data, begin, end);
-    });
+    parallel(p.kernels, p.row_length() * p.kernel_size(),
+             [&](int64_t begin, int64_t end) { kernel(p, g_data, b_data, r_data, begin, end); });
   });
   return grad_refocus;
 }
@@ -242,8 +238,7 @@ PYBIND11_MODULE(_C, m) {
         return names;
       },
       "Instruction sets compiled in that this machine runs, best first.");
-  m.def(
-      "instruction_set", [] { return refconv::cpu::instruction_set().name; }, "The instruction set in use.");
+  m.def("instruction_set", [] { return refconv::cpu::instruction_set().name; }, "The instruction set in use.");
   m.def(
       "set_instruction_set", [](const std::string& name) { refconv::cpu::set_instruction_set(name); },
       pybind11::arg("name"), "Use another instruction set from now on, for tests and measurements.");

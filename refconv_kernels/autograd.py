@@ -164,7 +164,7 @@ class DepthwiseConv2dBackward(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         def one(grad: Tensor, input: Tensor, weight: Tensor, s: Pair, p: Pair, d: Pair, *rest: Any) -> Any:
-            grads = reference.conv2d_backward(grad, input, weight, s, p, d, input.shape[1], rest[:3])  # type: ignore[arg-type]
+            grads = reference.conv2d_backward(grad, input, weight, s, p, d, input.shape[1], rest[:3])
             return tuple(g if g is not None else grad.new_empty(0) for g in grads)
 
         return torch.vmap(one, in_dims)(*args), (0, 0, 0)

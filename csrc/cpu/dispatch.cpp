@@ -6,10 +6,10 @@
 
 namespace refconv::cpu {
 
-#define REFCONV_DECLARE_ISA(isa)              \
-  namespace isa {                             \
-  extern const Kernels<float> kernels_f32;    \
-  extern const Kernels<double> kernels_f64;   \
+#define REFCONV_DECLARE_ISA(isa)            \
+  namespace isa {                           \
+  extern const Kernels<float> kernels_f32;  \
+  extern const Kernels<double> kernels_f64; \
   }
 
 REFCONV_DECLARE_ISA(portable)
@@ -28,8 +28,8 @@ const InstructionSet kInstructionSets[] = {
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
      },
      avx512::kernels_f32, avx512::kernels_f64},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     avx2::kernels_f32, avx2::kernels_f64},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::kernels_f32,
+     avx2::kernels_f64},
 #endif
     {"portable", [] { return true; }, portable::kernels_f32, portable::kernels_f64},
 };

@@ -22,13 +22,13 @@ template <typename T>
 void refocus_backward(const RefocusProblem& p, const T* grad_transformed, const T* basis, T* grad_refocus,
                       int64_t begin, int64_t end);
 
-#define REFCONV_INSTANTIATE_DEPTHWISE(T)                                                                         \
+#define REFCONV_INSTANTIATE_DEPTHWISE(T)                                                                           \
   template void depthwise_forward<T>(const DepthwiseProblem&, const T*, const T*, const T*, T*, int64_t, int64_t); \
-  template void depthwise_backward<T>(const DepthwiseProblem&, const T*, const T*, const T*, T*, T*, T*, int64_t, \
+  template void depthwise_backward<T>(const DepthwiseProblem&, const T*, const T*, const T*, T*, T*, T*, int64_t,  \
                                       int64_t);
 
-#define REFCONV_INSTANTIATE_REFOCUS(T)                                                                     \
-  template void refocus_forward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t);      \
+#define REFCONV_INSTANTIATE_REFOCUS(T)                                                               \
+  template void refocus_forward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t); \
   template void refocus_backward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t);
 
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -16,14 +16,14 @@ namespace refconv::cpu {
 template <typename T>
 struct Kernels {
   // Tasks: the batch * out_channels output planes. bias may be null.
-  void (*depthwise_forward)(const DepthwiseProblem&, const T* x, const T* weight, const T* bias, T* y,
-                            int64_t begin, int64_t end);
+  void (*depthwise_forward)(const DepthwiseProblem&, const T* x, const T* weight, const T* bias, T* y, int64_t begin,
+                            int64_t end);
   // Tasks: the input channels. Any of grad_x, grad_weight, grad_bias may be null.
   void (*depthwise_backward)(const DepthwiseProblem&, const T* grad_y, const T* x, const T* weight, T* grad_x,
                              T* grad_weight, T* grad_bias, int64_t begin, int64_t end);
   // Tasks: the 2-D kernels.
-  void (*refocus_forward)(const RefocusProblem&, const T* basis, const T* refocus, T* transformed,
-                          int64_t begin, int64_t end);
+  void (*refocus_forward)(const RefocusProblem&, const T* basis, const T* refocus, T* transformed, int64_t begin,
+                          int64_t end);
   void (*refocus_backward)(const RefocusProblem&, const T* grad_transformed, const T* basis, T* grad_refocus,
                            int64_t begin, int64_t end);
 };

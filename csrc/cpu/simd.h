@@ -67,7 +67,19 @@ inline Vec<T> keep(Vec<T> v, int64_t count) {
   return lane < broadcast(static_cast<T>(count)) ? v : Vec<T>{};
 }
 
-// Sum of all lanes, in double: the caller adds many of these.
+// total[lane] += v[lane], in double: the caller adds many vectors and then their lanes.
+template <typename T>
+inline void add_lanes(Vec<T> v, double* total) {
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) total[lane] += static_cast<double>(v[lane]);
+}
+
+template <typename T>
+inline double sum_lanes(const double* total) {
+  double sum = 0;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) sum += total[lane];
+  return sum;
+}
+
 template <typename T>
 inline double sum(Vec<T> v) {
   double total = 0;
@@ -81,8 +93,7 @@ inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multi
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t size)
-      : size_(size), data_(static_cast<T*>(::operator new(bytes(), std::align_val_t{64}))) {
+  explicit Scratch(int64_t size) : size_(size), data_(static_cast<T*>(::operator new(bytes(), std::align_val_t{64}))) {
     clear();
   }
   ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor, nn
 
 __all__ = ["MobileNetV1", "MobileNetV2", "SmallSeparableNet"]
@@ -29,7 +31,7 @@ class SmallSeparableNet(nn.Module):
         super().__init__()
         self.stem = _conv_bn(channels, widths[0], 3)
         # The resolution halves at every second block.
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = itertools.pairwise(widths)
         self.blocks = nn.Sequential(*(_separable(i, o, 1 + n % 2) for n, (i, o) in enumerate(pairs)))
         self.classifier = nn.Linear(widths[-1], classes)
 
@@ -73,7 +75,15 @@ class MobileNetV2(nn.Module):
     def __init__(self, classes: int = 1000) -> None:
         super().__init__()
         # expansion, output channels, blocks, stride of the first block
-        plan = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+        plan = [
+            (1, 16, 1, 1),
+            (6, 24, 2, 2),
+            (6, 32, 3, 2),
+            (6, 64, 4, 2),
+            (6, 96, 3, 1),
+            (6, 160, 3, 2),
+            (6, 320, 1, 1),
+        ]
         layers, width = [_conv_bn(3, 32, 3, 2)], 32
         for expansion, out, blocks, stride in plan:
             for block in range(blocks):

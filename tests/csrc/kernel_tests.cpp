@@ -161,8 +161,8 @@ void test_refocus(const refconv::cpu::Kernels<T>& kernels, const std::string& is
 DepthwiseProblem depthwise(int64_t channels, int64_t multiplier, int64_t in_h, int64_t in_w, int64_t kernel_h,
                            int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
                            int64_t dilation_h, int64_t dilation_w) {
-  DepthwiseProblem p{2,        channels, multiplier, in_h,  in_w,       0,         0, kernel_h, kernel_w, stride_h,
-                     stride_w, pad_h,    pad_w,      dilation_h, dilation_w};
+  DepthwiseProblem p{2,        channels, multiplier, in_h,  in_w,  0,          0,         kernel_h,
+                     kernel_w, stride_h, stride_w,   pad_h, pad_w, dilation_h, dilation_w};
   p.out_h = (in_h + 2 * pad_h - (kernel_h - 1) * dilation_h - 1) / stride_h + 1;
   p.out_w = (in_w + 2 * pad_w - (kernel_w - 1) * dilation_w - 1) / stride_w + 1;
   return p;
@@ -180,8 +180,8 @@ void test_all(const refconv::cpu::Kernels<T>& kernels, const std::string& isa) {
     test_depthwise(kernels, isa, depthwise(2, 1, 7, width, 3, 5, 2, 1, 0, 4, 2, 2));
   }
   test_depthwise(kernels, isa, depthwise(4, 3, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
-  test_depthwise(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));    // more padding than kernel
-  test_depthwise(kernels, isa, depthwise(1, 1, 3, 3, 2, 2, 5, 5, 0, 0, 1, 1));    // stride beyond the kernel
+  test_depthwise(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));  // more padding than kernel
+  test_depthwise(kernels, isa, depthwise(1, 1, 3, 3, 2, 2, 5, 5, 0, 0, 1, 1));  // stride beyond the kernel
   test_depthwise(kernels, isa, depthwise(1, 1, 20, 40, 11, 31, 1, 1, 5, 15, 1, 1));
   test_depthwise(kernels, isa, depthwise(1, 1, 40, 20, 3, 3, 1, 3, 4, 4, 4, 4));
   for (const bool identity : {true, false}) {

@@ -1,0 +1,171 @@
+"""The training loop, what it measures, and how long a step takes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from refconv_kernels import refocus, use_backend
+from refconv_kernels.learning.data import ImageSet, random_crop
+from refconv_kernels.learning.recipe import Recipe
+
+__all__ = ["CheckFailed", "accuracy", "compare_steps", "logits", "step_times", "train", "train_step"]
+
+
+class CheckFailed(RuntimeError):
+    """Two computations that must agree do not."""
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
+    """One step: forward, backward, update. Returns the cross-entropy before the update, a scalar."""
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def train(
+    model: nn.Module,
+    data: ImageSet,
+    recipe: Recipe,
+    *,
+    seed: int,
+    on_epoch: Callable[[float], None] | None = None,
+) -> list[float]:
+    """Train ``model`` in place by ``recipe``.
+
+    Args:
+        model: any classifier, images ``[B, C, H, W]`` to logits ``[B, classes]``.
+        data: the training images.
+        recipe: schedule, optimizer and augmentation.
+        seed: of the order and the crops, which depend on nothing else: two networks trained with the same
+            seed see the same images in the same order.
+        on_epoch: called after each epoch with its mean loss.
+
+    Returns:
+        The mean loss of each epoch, cross-entropy in nats.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    generator = Generator().manual_seed(seed)
+    optimizer = recipe.optimizer(model)
+    steps = recipe.steps_per_epoch(len(data))
+    losses = []
+    model.train()
+    for epoch in range(recipe.epochs):
+        total = torch.zeros(())
+        for n, rows in enumerate(torch.randperm(len(data), generator=generator).split(recipe.batch_size)):
+            # A random crop, and no flip as the paper has it: a mirrored digit is no digit, or another one.
+            images = random_crop(data.images[rows], recipe.crop_padding, generator)
+            optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch * steps + n, steps)
+            total += train_step(model, optimizer, images, data.labels[rows]) * len(rows)
+        losses.append(total.item() / len(data))
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss is {losses[-1]} in epoch {epoch + 1}: lower the learning rate")
+        if on_epoch is not None:
+            on_epoch(losses[-1])
+    return losses
+
+
+@torch.no_grad()
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits ``[N, classes]`` of ``images`` in eval mode, in which ``model`` is left."""
+    return model.eval()(images)
+
+
+def accuracy(predictions: Tensor, data: ImageSet) -> float:
+    """Share of right answers in %; ``predictions`` are logits ``[N, classes]``."""
+    return 100 * (predictions.argmax(1) == data.labels).sum().item() / len(data)
+
+
+def step_times(steps: Mapping[str, Callable[[], object]], rounds: int = 60) -> dict[str, list[float]]:
+    """Times of each of ``steps`` in ms, measured in turns, so that what disturbs one disturbs all.
+
+    Args:
+        steps: what to time, by name; each is called once per round, and a few times before.
+        rounds: measurements of each.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(-5, rounds):  # the negative ones warm up
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if number >= 0:
+                taken[name].append(1e3 * (time.perf_counter() - start))
+    return taken
+
+
+def compare_steps(baseline: nn.Module, data: ImageSet, recipe: Recipe) -> dict[str, Any]:
+    """Check that both formulations of RefConv compute the same; then time a step of each and of the plain network.
+
+    The networks are ``"plain"``, ``baseline`` itself; ``"two_convolutions"``, RefConv in plain PyTorch; and
+    ``"ours"``, RefConv on the kernels that the library chooses. ``baseline`` is left as it is.
+
+    Returns:
+        ``batch`` (images); ``gradient_difference`` by dtype, the norm of the difference over the norm;
+        ``rounds``; ``ms`` and ``ms_median``, fastest and median step by network, in float32.
+
+    Raises:
+        CheckFailed: the formulations differ by more than rounding.
+    """
+    images, labels = data.images[: recipe.batch_size], data.labels[: recipe.batch_size]
+    refocused = refocus(baseline).train()
+    differences = {
+        str(dtype).removeprefix("torch."): _gradient_difference(refocused.to(dtype), images.to(dtype), labels, limit)
+        # In float32 rounding can carry a ReLU's input across zero, which changes its gradient altogether.
+        for dtype, limit in ((torch.float64, 1e-9), (torch.float32, 0.05))
+    }
+    times = step_times(
+        {
+            "plain": _step(copy.deepcopy(baseline).train(), "reference", recipe, images, labels),
+            "two_convolutions": _step(copy.deepcopy(refocused), "reference", recipe, images, labels),
+            "ours": _step(refocused, "auto", recipe, images, labels),
+        }
+    )
+    return {
+        "batch": len(images),
+        "gradient_difference": differences,
+        "rounds": len(times["plain"]),
+        "ms": {name: min(ms) for name, ms in times.items()},  # what else runs only ever adds time
+        "ms_median": {name: statistics.median(ms) for name, ms in times.items()},
+    }
+
+
+def _step(model: nn.Module, backend: str, recipe: Recipe, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    optimizer = recipe.optimizer(model)
+    optimizer.param_groups[0]["lr"] = 0.0  # the same work, and the same numbers in every round
+
+    def step() -> Tensor:
+        with use_backend(backend):
+            return train_step(model, optimizer, images, labels)
+
+    return step
+
+
+def _gradient_difference(refocused: nn.Module, images: Tensor, labels: Tensor, limit: float) -> float:
+    """How far loss and gradients on the chosen kernels are from those on the reference path, relatively."""
+    results = []
+    for backend in ("auto", "reference"):
+        model = copy.deepcopy(refocused)
+        with use_backend(backend):
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+        results.append(torch.cat([loss[None], *(p.grad.flatten() for p in model.parameters() if p.grad is not None)]))
+    ours, expected = results
+    difference = ((ours - expected).norm() / expected.norm()).item()
+    if not difference <= limit:
+        raise CheckFailed(
+            f"in {images.dtype}, loss and gradients of RefConv on this library's kernels differ from those of two "
+            f"PyTorch convolutions by {difference:.3g} of their norm; rounding explains at most {limit:.3g}"
+        )
+    return difference

@@ -1,0 +1,138 @@
+"""``python -m refconv_kernels info``, and what the command line refuses."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import refconv_kernels
+from refconv_kernels import ops, use_backend
+from refconv_kernels.__main__ import main
+from refconv_kernels.backends import cpu
+from tests.conftest import needs_native
+
+DEPTHWISE = ["info", "--problem", "depthwise_conv2d", "--shape", "2,8,6,6", "--weight", "8,1,3,3"]
+REFOCUS = ["info", "--problem", "refocus_weight", "--weight", "8,1,3,3"]
+
+
+def printed(capsys: pytest.CaptureFixture, arguments: list[str]) -> list[str]:
+    assert main(arguments) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_info_names_versions_and_every_backend(capsys: pytest.CaptureFixture) -> None:
+    lines = printed(capsys, ["info"])
+    versions = (refconv_kernels.__version__, torch.__version__, platform.python_version())
+    assert all(version in lines[0] for version in versions)
+    assert lines[1] == platform.platform()
+    assert "backend asked for: auto" in lines
+    for backend, reason in ops.UNAVAILABLE.items():
+        (line,) = (line for line in lines if re.match(rf"{backend}\b", line))
+        assert line.split(maxsplit=1)[1].startswith("available: " if reason is None else f"off: {reason}")
+
+
+@needs_native
+def test_info_describes_the_native_library(capsys: pytest.CaptureFixture) -> None:
+    assert cpu.native is not None
+    lines = printed(capsys, ["info"])
+    assert f"  instruction set in use: {cpu.native.instruction_set()}" in lines
+    assert f"  instruction sets: {', '.join(cpu.native.instruction_sets())}" in lines
+    assert f"  compiler: {cpu.native.build_info()['compiler']}" in lines
+
+
+def test_info_without_the_native_library(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "native", None)
+    monkeypatch.setitem(ops.UNAVAILABLE, "cpu", "no compiler")
+    lines = printed(capsys, ["info"])
+    assert "cpu        off: no compiler" in lines
+    assert "native library" not in lines
+    lines = printed(capsys, DEPTHWISE)
+    assert "cpu        off: no compiler" in lines
+
+
+def test_info_shows_the_backend_asked_for(capsys: pytest.CaptureFixture) -> None:
+    with use_backend("reference"):
+        assert "backend asked for: reference" in printed(capsys, ["info"])
+        assert printed(capsys, REFOCUS)[0] == "refocus_weight runs on: reference"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (DEPTHWISE, None),
+        ([*DEPTHWISE, "--dtype", "float64", "--groups", "8"], None),
+        ([*DEPTHWISE, "--dtype", "bfloat16"], "input has dtype torch.bfloat16, the kernel covers"),
+        ([*DEPTHWISE, "--channels-last"], "input is channels_last, the kernel covers NCHW"),
+        ([*DEPTHWISE[:-1], "8,8,3,3"], "groups (=1) differs from in_channels (=8), the kernel is depthwise"),
+        (REFOCUS, None),
+        ([*REFOCUS[:-1], "8,4,3,3", "--groups", "2"], None),
+        ([*REFOCUS, "--dtype", "complex64"], "basis has dtype torch.complex64"),
+    ],
+)
+@needs_native
+def test_a_problem_is_explained(capsys: pytest.CaptureFixture, arguments: list[str], reason: str | None) -> None:
+    first, *lines = printed(capsys, arguments)
+    assert first == f"{arguments[2]} runs on: {'cpu' if reason is None else 'reference'}"
+    told = dict(line.split(maxsplit=1) for line in lines)
+    assert list(told) == list(ops.UNAVAILABLE)
+    assert told["reference"] == "covers it"
+    assert told["cpu"].startswith(reason or "covers it")
+
+
+def test_a_backend_without_the_operator(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ops.UNAVAILABLE, "cuda", None)
+    assert "cuda       no refocus_weight kernel" in printed(capsys, REFOCUS)
+
+
+@needs_native
+def test_a_backend_asked_for_that_does_not_cover_the_problem(capsys: pytest.CaptureFixture) -> None:
+    with use_backend("cpu"):
+        assert main([*REFOCUS, "--dtype", "float16"]) == 1
+    assert capsys.readouterr().err.startswith(
+        "error: backend 'cpu' does not cover this refocus_weight: basis has dtype"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "arguments are required"),
+        (["train"], "invalid choice: 'train'"),
+        (["info", "--problem", "conv3d"], "invalid choice: 'conv3d'"),
+        (["info", "--weight", "8,1,3,3"], "describe a --problem: name one"),
+        (DEPTHWISE[:3], "--problem depthwise_conv2d needs --weight"),
+        ([*DEPTHWISE[:3], "--weight", "8,1,3,3"], "--problem depthwise_conv2d needs --shape"),
+        ([*DEPTHWISE, "--shape", "2,9,6,6"], "--shape has 9 channels, but --weight in 8 groups needs 8"),
+        (
+            [*DEPTHWISE, "--weight", "9,1,3,3", "--groups", "8"],
+            "has 9 output channels, which --groups (=8) must divide",
+        ),
+        ([*DEPTHWISE, "--shape", "2,8,6"], "'2,8,6' must be four sizes"),
+        ([*DEPTHWISE, "--shape", "2,8,6,0"], "'0' must be a whole number of at least 1"),
+        ([*DEPTHWISE, "--dtype", "int64"], "--dtype (='int64') must be a floating-point type"),
+        ([*DEPTHWISE, "--dtype", "nn"], "--dtype (='nn') must be a floating-point type"),
+        ([*REFOCUS, "--shape", "2,8,6,6"], "has no input: leave --shape and --channels-last out"),
+        ([*REFOCUS, "--groups", "3"], "--weight has 8 kernels, which --groups (=3) must divide"),
+    ],
+)
+def test_bad_arguments_are_usage_errors(capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("size", [10**12, 10**30])
+def test_a_problem_larger_than_memory_is_one_line(capsys: pytest.CaptureFixture, size: int) -> None:
+    assert main(["info", "--problem", "refocus_weight", "--weight", f"{size},1,3,3"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
+def test_the_module_runs() -> None:
+    run = subprocess.run([sys.executable, "-m", "refconv_kernels", "info"], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(f"refconv_kernels {refconv_kernels.__version__}")
