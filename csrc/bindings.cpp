@@ -68,6 +68,11 @@ const T* optional_data(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
 }
 
+template <typename T>
+const refconv::cpu::Kernels<T>& kernels_for_rows(int64_t width) {
+  return refconv::cpu::kernels_of<T>(refconv::cpu::instruction_set_for_rows(width, sizeof(T)));
+}
+
 DepthwiseProblem depthwise_problem(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
                                    const Ints& dilation) {
   check_like(input, input, 4);
@@ -108,7 +113,7 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, const std::op
   const Tensor y = torch::stable::new_empty(input, {p.batch, p.out_channels(), p.out_h, p.out_w});
   for_dtype(input, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = refconv::cpu::kernels<T>().depthwise_forward;
+    const auto kernel = kernels_for_rows<T>(p.out_w).depthwise_forward;
     const T* x_data = x.template const_data_ptr<T>();
     const T* w_data = w.template const_data_ptr<T>();
     const T* b_data = optional_data<T>(b);
@@ -140,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad_
   const Tensor grad_bias = torch::stable::new_empty(weight, {need_bias ? p.out_channels() : 0});
   for_dtype(input, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = refconv::cpu::kernels<T>().depthwise_backward;
+    const auto kernel = kernels_for_rows<T>(p.out_w).depthwise_backward;
     const T* dy_data = dy.template const_data_ptr<T>();
     const T* x_data = x.template const_data_ptr<T>();
     const T* w_data = w.template const_data_ptr<T>();
@@ -178,7 +183,7 @@ Tensor refocus_weight(const Tensor& basis, const Tensor& refocus, bool identity)
   const Tensor transformed = torch::stable::new_empty(b, b.sizes());
   for_dtype(basis, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = refconv::cpu::kernels<T>().refocus_forward;
+    const auto kernel = refconv::cpu::kernels_of<T>(refconv::cpu::instruction_set()).refocus_forward;
     const T* b_data = b.template const_data_ptr<T>();
     const T* r_data = r.template const_data_ptr<T>();
     T* t_data = transformed.template mutable_data_ptr<T>();
@@ -198,7 +203,7 @@ Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& bas
   const Tensor grad_refocus = torch::stable::new_empty(b, {p.kernels, group_size, map_size, map_size});
   for_dtype(basis, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = refconv::cpu::kernels<T>().refocus_backward;
+    const auto kernel = refconv::cpu::kernels_of<T>(refconv::cpu::instruction_set()).refocus_backward;
     const T* g_data = g.template const_data_ptr<T>();
     const T* b_data = b.template const_data_ptr<T>();
     T* r_data = grad_refocus.template mutable_data_ptr<T>();
@@ -238,8 +243,17 @@ PYBIND11_MODULE(_C, m) {
         return names;
       },
       "Instruction sets compiled in that this machine runs, best first.");
-  m.def("instruction_set", [] { return refconv::cpu::instruction_set().name; }, "The instruction set in use.");
+  m.def(
+      "instruction_set", [] { return refconv::cpu::instruction_set().name; },
+      "The instruction set in use: the one named, or the best.");
+  m.def(
+      "instruction_set_for_rows",
+      [](int64_t width, int64_t element_bytes) {
+        return refconv::cpu::instruction_set_for_rows(width, element_bytes).name;
+      },
+      pybind11::arg("width"), pybind11::arg("element_bytes"),
+      "The instruction set that a depthwise convolution with output rows of `width` elements gets.");
   m.def(
       "set_instruction_set", [](const std::string& name) { refconv::cpu::set_instruction_set(name); },
-      pybind11::arg("name"), "Use another instruction set from now on, for tests and measurements.");
+      pybind11::arg("name"), "Use only this instruction set from now on, for tests and measurements; or \"auto\".");
 }

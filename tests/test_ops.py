@@ -116,9 +116,8 @@ def test_strided_input_and_weights(case: Case, backend: str) -> None:
 
 @pytest.fixture
 def _isa() -> Iterator[None]:
-    before = cpu.native.instruction_set()
     yield
-    cpu.native.set_instruction_set(before)
+    cpu.native.set_instruction_set("auto")
 
 
 @needs_native
@@ -133,8 +132,21 @@ def test_every_instruction_set(case: Case) -> None:
 
 
 @needs_native
+@pytest.mark.usefixtures("_isa")
+def test_rows_take_the_instruction_set_whose_vectors_they_fill_best() -> None:
+    best, choose = cpu.native.instruction_set(), cpu.native.instruction_set_for_rows
+    if {"avx2", "avx512"} <= set(cpu.native.instruction_sets()):
+        assert [choose(width, 4) for width in (7, 8, 9, 16, 56, 112)] == ["avx2", "avx2", best, best, "avx2", best]
+        assert [choose(width, 8) for width in (3, 4, 5, 8)] == ["avx2", "avx2", best, best]
+    cpu.native.set_instruction_set("portable")
+    assert choose(7, 4) == "portable"
+    cpu.native.set_instruction_set("auto")
+    assert cpu.native.instruction_set() == best
+
+
+@needs_native
 def test_unknown_instruction_set() -> None:
-    with pytest.raises(ValueError, match=r"instruction set \(='mmx'\) must be one that this machine runs: .*portable"):
+    with pytest.raises(ValueError, match=r"instruction set \(='mmx'\) must be auto or one that this machine runs: .*portable"):
         cpu.native.set_instruction_set("mmx")
     code = "from refconv_kernels.backends import cpu; print(cpu.native.instruction_set())"
     for name in cpu.native.instruction_sets():

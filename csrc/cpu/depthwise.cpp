@@ -6,158 +6,182 @@
 // Bytes: forward reads x and writes y once; backward reads x and dy once and writes dx once.
 // Accumulation: y and dx in T; dW and dbias in T within a plane, in double across planes.
 //
-// A plane is first copied into zero-padded scratch that stays in cache, with the columns of each row
-// sorted by their remainder modulo stride_w. Every tap of every output row is then one contiguous,
-// unaligned vector load, for any stride, dilation and padding.
+// A plane is first copied into zero-padded scratch (plane.h). Square kernels of 3, 5 and 7 with vertical stride
+// 1 or 2 and no vertical dilation compute four output rows at once, so that a loaded vector serves several.
 #include "entry_points.h"
+#include "plane.h"
 #include "simd.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-// The zero-padded plane. Row r, column q of the padded input lies at
-// data[(r * stride_w + q % stride_w) * pitch + q / stride_w].
-struct Plane {
-  int64_t rows, columns, stride_h, stride_w, pitch;
+constexpr int64_t kTotalsBytes = 32768;  // of running weight gradients per thread: the first cache
 
-  template <typename T>
-  static Plane of(const DepthwiseProblem& p) {
-    Plane plane;
-    plane.rows = (p.out_h - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
-    plane.columns = (p.out_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1;
-    plane.stride_h = p.stride_h;
-    plane.stride_w = p.stride_w;
-    // A whole vector may be loaded at the last output column; the slack stays zero.
-    const int64_t last = ((p.kernel_w - 1) * p.dilation_w) / p.stride_w + p.out_w;
-    plane.pitch = round_up(last, kLanes<T>) + kLanes<T>;
-    return plane;
-  }
+// --- one output plane from the padded input plane ---
 
-  int64_t size() const { return rows * stride_w * pitch; }
-  // From one output row to the next.
-  int64_t row_step() const { return stride_h * stride_w * pitch; }
-  // Where output pixel (0, 0) finds each of its taps; output column j adds j.
-  void tap_offsets(const DepthwiseProblem& p, int64_t* offsets) const {
-    for (int64_t a = 0; a < p.kernel_h; ++a) {
-      for (int64_t b = 0; b < p.kernel_w; ++b) {
-        const int64_t q = b * p.dilation_w;
-        offsets[a * p.kernel_w + b] = (a * p.dilation_h * stride_w + q % stride_w) * pitch + q / stride_w;
+// ROWS vectors of output, in a column, for a square kernel K, stride_h S and dilation_h 1. `from` is the first
+// one's window. Every vector of input is loaded once for all the outputs that it belongs to.
+template <typename T, int K, int S, int ROWS>
+inline void correlate_block(const T* from, int64_t row_pitch, const int64_t* offsets, const T* weight, Vec<T>* acc) {
+#pragma GCC unroll 16
+  for (int r = 0; r < (ROWS - 1) * S + K; ++r) {
+#pragma GCC unroll 8
+    for (int b = 0; b < K; ++b) {
+      const Vec<T> x = load(from + r * row_pitch + offsets[b]);
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        const int a = r - i * S;
+        if (a >= 0 && a < K) acc[i] += weight[a * K + b] * x;
       }
     }
   }
-};
-
-// The columns [begin, end) of padded phase `phase` that lie inside the input, as indices within the phase.
-struct PhaseRange {
-  int64_t begin, end, first_source;
-};
-
-inline PhaseRange phase_range(const Plane& plane, int64_t in_w, int64_t pad_w, int64_t phase) {
-  const int64_t s = plane.stride_w;
-  int64_t begin = pad_w > phase ? (pad_w - phase + s - 1) / s : 0;
-  const int64_t padded_end = plane.columns < in_w + pad_w ? plane.columns : in_w + pad_w;  // exclusive
-  int64_t end = padded_end > phase ? (padded_end - phase + s - 1) / s : 0;
-  if (end < begin) end = begin;
-  return {begin, end, phase + begin * s - pad_w};
 }
 
-// The `count` elements at `from`, zero in the lanes beyond; nothing at or after `end` is read.
+// Writes `acc` to columns [j, j + left) of a row. What a whole vector writes beyond them falls on the row
+// below; rows are written top down and columns right to left, so that it is overwritten afterwards.
 template <typename T>
-inline Vec<T> load_tail(const T* from, int64_t count, const T* end) {
-  return end - from >= kLanes<T> ? keep<T>(load(from), count) : load_partial(from, count);
-}
-
-// Padding may be negative: the plane then starts inside the source.
-template <typename T>
-void copy_in(const Plane& plane, const T* source, int64_t in_h, int64_t in_w, int64_t pad_h, int64_t pad_w,
-             T* scratch) {
-  const T* end = source + in_h * in_w;
-  const int64_t first = pad_h > 0 ? pad_h : 0;  // rows before it, and from `last` on, stay zero
-  const int64_t last = plane.rows < in_h + pad_h ? plane.rows : in_h + pad_h;
-  for (int64_t phase = 0; phase < plane.stride_w; ++phase) {
-    const PhaseRange range = phase_range(plane, in_w, pad_w, phase);
-    const int64_t count = range.end - range.begin;
-    if (count == 0) continue;
-    for (int64_t r = first; r < last; ++r) {
-      const T* from = source + (r - pad_h) * in_w + range.first_source;
-      T* to = scratch + (r * plane.stride_w + phase) * plane.pitch + range.begin;
-      if (plane.stride_w > 1) {
-        for (int64_t c = 0; c < count; ++c) to[c] = from[c * plane.stride_w];
-        continue;
-      }
-      int64_t c = 0;
-      for (; c + kLanes<T> <= count; c += kLanes<T>) store(to + c, load(from + c));
-      if (c < count) store(to + c, load_tail(from + c, count - c, end));  // zeros into the slack, which is zero
-    }
+inline void put(T* to, Vec<T> acc, int64_t left, bool accumulate, const T* end) {
+  if (left >= kLanes<T>) {
+    store<T>(to, accumulate ? acc + load(to) : acc);
+  } else if (accumulate) {
+    store_partial<T>(to, acc + load_partial(to, left), left);
+  } else if (end - to >= kLanes<T>) {
+    store(to, acc);
+  } else {
+    store_partial(to, acc, left);
   }
 }
 
-// The reverse, after scattering gradients into the scratch.
-template <typename T>
-void copy_out(const Plane& plane, const T* scratch, int64_t in_h, int64_t in_w, int64_t pad_h, int64_t pad_w,
-              T* target) {
-  __builtin_memset(target, 0, static_cast<size_t>(in_h * in_w) * sizeof(T));  // pixels that no window touches
-  for (int64_t phase = 0; phase < plane.stride_w; ++phase) {
-    const PhaseRange range = phase_range(plane, in_w, pad_w, phase);
-    for (int64_t r = 0; r < plane.rows; ++r) {
-      const int64_t row = r - pad_h;
-      if (row < 0 || row >= in_h) continue;
-      const T* from = scratch + (r * plane.stride_w + phase) * plane.pitch + range.begin;
-      T* to = target + row * in_w + range.first_source;
-      for (int64_t c = 0; c < range.end - range.begin; ++c) to[c * plane.stride_w] = from[c];
+inline int64_t last_column(int64_t width, int64_t lanes) { return (width - 1) / lanes * lanes; }
+
+template <typename T, int K, int S, int ROWS>
+int64_t correlate_rows(const DepthwiseProblem& p, const Plane& plane, const int64_t* offsets, const T* scratch,
+                       const T* weight, T start, bool accumulate, T* y, int64_t i) {
+  const T* end = y + p.out_h * p.out_w;
+  for (; i + ROWS <= p.out_h; i += ROWS) {
+    for (int64_t j = last_column(p.out_w, kLanes<T>); j >= 0; j -= kLanes<T>) {
+      Vec<T> acc[ROWS];
+      for (int n = 0; n < ROWS; ++n) acc[n] = broadcast<T>(start);
+      const T* from = scratch + i * plane.row_step() + j;
+      correlate_block<T, K, S, ROWS>(from, plane.row_pitch(), offsets, weight, acc);
+      for (int n = 0; n < ROWS; ++n) put<T>(y + (i + n) * p.out_w + j, acc[n], p.out_w - j, accumulate, end);
     }
   }
+  return i;
 }
 
-// One output plane from the padded input plane. KH, KW fix the kernel size at compile time; 0 reads it from p.
-template <typename T, int KH, int KW>
+template <typename T, int K, int S>
 void correlate(const DepthwiseProblem& p, const Plane& plane, const int64_t* offsets, const T* scratch, const T* weight,
                T start, bool accumulate, T* y) {
-  const int64_t taps = KH > 0 ? KH * KW : p.taps();
+  int64_t i = 0;
+  i = correlate_rows<T, K, S, 4>(p, plane, offsets, scratch, weight, start, accumulate, y, i);
+  i = correlate_rows<T, K, S, 2>(p, plane, offsets, scratch, weight, start, accumulate, y, i);
+  correlate_rows<T, K, S, 1>(p, plane, offsets, scratch, weight, start, accumulate, y, i);
+}
+
+// Any kernel size, stride and dilation.
+template <typename T>
+void correlate_any(const DepthwiseProblem& p, const Plane& plane, const int64_t* offsets, const T* scratch,
+                   const T* weight, T start, bool accumulate, T* y) {
   const T* end = y + p.out_h * p.out_w;
   for (int64_t i = 0; i < p.out_h; ++i) {
-    T* row = y + i * p.out_w;
-    for (int64_t j = 0; j < p.out_w; j += kLanes<T>) {
+    for (int64_t j = last_column(p.out_w, kLanes<T>); j >= 0; j -= kLanes<T>) {
       const T* from = scratch + i * plane.row_step() + j;
       Vec<T> acc = broadcast<T>(start);
-      for (int64_t tap = 0; tap < taps; ++tap) acc += weight[tap] * load(from + offsets[tap]);
-      const int64_t left = p.out_w - j;
-      if (left >= kLanes<T>) {
-        store<T>(row + j, accumulate ? acc + load(row + j) : acc);
-      } else if (accumulate) {
-        store_partial<T>(row + j, acc + load_partial(row + j, left), left);
-      } else if (end - (row + j) >= kLanes<T>) {
-        store(row + j, acc);  // the surplus falls on the next row, which is written after this one
-      } else {
-        store_partial(row + j, acc, left);
+      for (int64_t tap = 0; tap < p.taps(); ++tap) acc += weight[tap] * load(from + offsets[tap]);
+      put<T>(y + i * p.out_w + j, acc, p.out_w - j, accumulate, end);
+    }
+  }
+}
+
+// --- dW of one plane, added lane by lane to `total` [taps, lanes], from the padded x and dy ---
+
+// The taps of TAP_ROWS rows of a square kernel K, from the tap row at `from` and `offsets` on, for ROWS vectors
+// of dy in a column. Lanes from `left` on hold pixels of other taps: 0 * infinity must not reach this one.
+template <typename T, int K, int S, int TAP_ROWS, int ROWS>
+inline void weight_gradient_block(const T* from, int64_t row_pitch, const int64_t* offsets, const Vec<T>* dy,
+                                  int64_t left, Vec<T>* acc) {
+#pragma GCC unroll 16
+  for (int r = 0; r < (ROWS - 1) * S + TAP_ROWS; ++r) {
+#pragma GCC unroll 8
+    for (int b = 0; b < K; ++b) {
+      const Vec<T> x = keep<T>(load(from + r * row_pitch + offsets[b]), left);
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        const int a = r - i * S;
+        if (a >= 0 && a < TAP_ROWS) acc[a * K + b] += dy[i] * x;
       }
     }
   }
 }
 
-// dW of one plane, added lane by lane to `total` [taps, lanes], from the padded x and dy.
-template <typename T, int KH, int KW>
+template <typename T, int K, int S, int TAP_ROWS, int ROWS>
+inline int64_t weight_gradient_rows(const DepthwiseProblem& p, const Plane& plane, const int64_t* offsets,
+                                    const T* scratch, const T* grad_y, Vec<T>* acc, int64_t i) {
+  const T* end = grad_y + p.out_h * p.out_w;
+  for (; i + ROWS <= p.out_h; i += ROWS) {
+    for (int64_t j = 0; j < p.out_w; j += kLanes<T>) {
+      const int64_t left = p.out_w - j;
+      const T* row = grad_y + i * p.out_w + j;
+      const T* from = scratch + i * plane.row_step() + j;
+      Vec<T> dy[ROWS];
+      if (left >= kLanes<T>) {
+        for (int n = 0; n < ROWS; ++n) dy[n] = load(row + n * p.out_w);
+        weight_gradient_block<T, K, S, TAP_ROWS, ROWS>(from, plane.row_pitch(), offsets, dy, kLanes<T>, acc);
+      } else {
+        for (int n = 0; n < ROWS; ++n) dy[n] = load_tail(row + n * p.out_w, left, end);
+        weight_gradient_block<T, K, S, TAP_ROWS, ROWS>(from, plane.row_pitch(), offsets, dy, left, acc);
+      }
+    }
+  }
+  return i;
+}
+
+template <typename T, int K, int S, int TAP_ROWS>
+inline void weight_gradient_pass(const DepthwiseProblem& p, const Plane& plane, const int64_t* offsets,
+                                 const T* scratch, const T* grad_y, double* total) {
+  Vec<T> acc[TAP_ROWS * K] = {};
+  int64_t i = 0;
+  i = weight_gradient_rows<T, K, S, TAP_ROWS, 4>(p, plane, offsets, scratch, grad_y, acc, i);
+  weight_gradient_rows<T, K, S, TAP_ROWS, 1>(p, plane, offsets, scratch, grad_y, acc, i);
+  for (int tap = 0; tap < TAP_ROWS * K; ++tap) add_lanes<T>(acc[tap], total + tap * kLanes<T>);
+}
+
+template <typename T, int K, int S>
 void weight_gradient(const DepthwiseProblem& p, const Plane& plane, const int64_t* offsets, const T* scratch,
                      const T* grad_y, double* total) {
-  const int64_t taps = KH > 0 ? KH * KW : p.taps();
-  // Taps held in registers during one pass over dy: all of a 3 x 3 kernel, else a row of a known one.
-  constexpr int64_t kTaps = KH * KW == 9 ? 9 : KW > 0 ? KW : 8;
+  // As many rows of taps in registers as fit beside four vectors of dy and one of x.
+  constexpr int kRegisters = REFCONV_VECTOR_BYTES == 64 ? 32 : 16;
+  constexpr int kFit = (kRegisters - 6) / K;
+  constexpr int kTapRows = kFit < 1 ? 1 : kFit < K ? kFit : K;
+  int a = 0;
+  for (; a + kTapRows <= K; a += kTapRows) {
+    weight_gradient_pass<T, K, S, kTapRows>(p, plane, offsets, scratch + a * plane.row_pitch(), grad_y,
+                                            total + a * K * kLanes<T>);
+  }
+  constexpr int kRest = K % kTapRows;
+  if constexpr (kRest > 0) {
+    weight_gradient_pass<T, K, S, kRest>(p, plane, offsets, scratch + a * plane.row_pitch(), grad_y,
+                                         total + a * K * kLanes<T>);
+  }
+}
+
+// Any kernel size, stride and dilation.
+template <typename T>
+void weight_gradient_any(const DepthwiseProblem& p, const Plane& plane, const int64_t* offsets, const T* scratch,
+                         const T* grad_y, double* total) {
+  constexpr int64_t kTaps = 8;  // held in registers during one pass over dy
   const T* end = grad_y + p.out_h * p.out_w;
-  for (int64_t tap = 0; tap < taps; tap += kTaps) {
-    const int64_t count = KH > 0 || taps - tap >= kTaps ? kTaps : taps - tap;
+  for (int64_t tap = 0; tap < p.taps(); tap += kTaps) {
+    const int64_t count = p.taps() - tap < kTaps ? p.taps() - tap : kTaps;
     Vec<T> acc[kTaps] = {};
     for (int64_t i = 0; i < p.out_h; ++i) {
-      const T* row = grad_y + i * p.out_w;
-      const T* from = scratch + i * plane.row_step();
-      int64_t j = 0;
-      for (; j + kLanes<T> <= p.out_w; j += kLanes<T>) {
-        const Vec<T> dy = load(row + j);
-        for (int64_t n = 0; n < count; ++n) acc[n] += dy * load(from + offsets[tap + n] + j);
-      }
-      if (const int64_t left = p.out_w - j; left > 0) {
-        // Lanes past the row hold pixels of other taps: 0 * infinity must not reach this one.
-        const Vec<T> dy = load_tail(row + j, left, end);
-        for (int64_t n = 0; n < count; ++n) acc[n] += dy * keep<T>(load(from + offsets[tap + n] + j), left);
+      for (int64_t j = 0; j < p.out_w; j += kLanes<T>) {
+        const int64_t left = p.out_w - j;
+        const T* row = grad_y + i * p.out_w + j;
+        const T* from = scratch + i * plane.row_step() + j;
+        const Vec<T> dy = left >= kLanes<T> ? load(row) : load_tail(row, left, end);
+        for (int64_t n = 0; n < count; ++n) acc[n] += dy * keep<T>(load(from + offsets[tap + n]), left);
       }
     }
     for (int64_t n = 0; n < count; ++n) add_lanes<T>(acc[n], total + (tap + n) * kLanes<T>);
@@ -194,16 +218,24 @@ void scatter_input_gradient(const DepthwiseProblem& p, const Plane& plane, const
 
 template <typename T>
 struct Routines {
-  decltype(&correlate<T, 0, 0>) correlate_plane;
-  decltype(&weight_gradient<T, 0, 0>) weight_gradient_plane;
+  decltype(&correlate_any<T>) correlate_plane = correlate_any<T>;
+  decltype(&weight_gradient_any<T>) weight_gradient_plane = weight_gradient_any<T>;
 };
+
+template <typename T, int K>
+Routines<T> square(const DepthwiseProblem& p) {
+  if (p.stride_h == 1) return {correlate<T, K, 1>, weight_gradient<T, K, 1>};
+  if (p.stride_h == 2) return {correlate<T, K, 2>, weight_gradient<T, K, 2>};
+  return {};
+}
 
 template <typename T>
 Routines<T> routines(const DepthwiseProblem& p) {
-  if (p.kernel_h == 3 && p.kernel_w == 3) return {correlate<T, 3, 3>, weight_gradient<T, 3, 3>};
-  if (p.kernel_h == 5 && p.kernel_w == 5) return {correlate<T, 5, 5>, weight_gradient<T, 5, 5>};
-  if (p.kernel_h == 7 && p.kernel_w == 7) return {correlate<T, 7, 7>, weight_gradient<T, 7, 7>};
-  return {correlate<T, 0, 0>, weight_gradient<T, 0, 0>};
+  if (p.kernel_h != p.kernel_w || p.dilation_h != 1) return {};
+  if (p.kernel_h == 3) return square<T, 3>(p);
+  if (p.kernel_h == 5) return square<T, 5>(p);
+  if (p.kernel_h == 7) return square<T, 7>(p);
+  return {};
 }
 
 // With stride 1, dx is itself a depthwise convolution: of dy, with the kernel turned by 180 degrees.
@@ -245,61 +277,66 @@ void depthwise_backward(const DepthwiseProblem& p, const T* grad_y, const T* x, 
   const Plane plane = Plane::of<T>(p);
   const DepthwiseProblem back = transposed(p);
   const Plane back_plane = unit_stride ? Plane::of<T>(back) : plane;
-  const Routines<T> run = routines<T>(p);
+  const Routines<T> run = routines<T>(p), run_back = routines<T>(back);
   const int64_t taps = p.taps(), in_size = p.in_h * p.in_w, out_size = p.out_h * p.out_w;
+  // Totals are kept lane by lane, in double, for a block of channels: the planes of neighbouring channels lie
+  // side by side in memory, those of one channel do not.
+  const int64_t totals = p.multiplier * taps * kLanes<T>, bias_totals = p.multiplier * kLanes<T>;
+  const int64_t fitting = kTotalsBytes / (totals * static_cast<int64_t>(sizeof(double)));
+  const int64_t block = fitting < 1 ? 1 : fitting < end - begin ? fitting : end - begin;
 
   Scratch<T> x_scratch(grad_weight != nullptr ? plane.size() : 0);
   Scratch<T> grad_scratch(grad_x != nullptr ? back_plane.size() : 0);
   Scratch<T> turned(p.multiplier * taps);
-  Scratch<double> weight_total(p.multiplier * taps * kLanes<T>);  // lanes are added up at the very end
-  Scratch<double> bias_total(p.multiplier * kLanes<T>);
+  Scratch<double> weight_total(block * totals), bias_total(block * bias_totals);
   Scratch<int64_t> offsets(taps), back_offsets(taps);
   plane.tap_offsets(p, offsets.data());
   back_plane.tap_offsets(back, back_offsets.data());
 
-  for (int64_t channel = begin; channel < end; ++channel) {
-    const T* channel_weight = weight + channel * p.multiplier * taps;
+  const auto add_plane = [&](int64_t n, int64_t channel, double* channel_totals, double* channel_bias_totals) {
+    const int64_t in_plane = n * p.channels + channel;
+    if (grad_weight != nullptr) {
+      copy_in(plane, x + in_plane * in_size, p.in_h, p.in_w, p.pad_h, p.pad_w, x_scratch.data());
+    }
+    if (grad_x != nullptr && !unit_stride) grad_scratch.clear();
     for (int64_t m = 0; m < p.multiplier; ++m) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        turned.data()[m * taps + tap] = channel_weight[m * taps + taps - 1 - tap];
+      const int64_t out_channel = channel * p.multiplier + m;
+      const T* dy = grad_y + (n * p.out_channels() + out_channel) * out_size;
+      const T* kernel = weight + out_channel * taps;
+      if (grad_weight != nullptr) {
+        run.weight_gradient_plane(p, plane, offsets.data(), x_scratch.data(), dy,
+                                  channel_totals + m * taps * kLanes<T>);
+      }
+      if (grad_bias != nullptr) bias_gradient(dy, out_size, channel_bias_totals + m * kLanes<T>);
+      if (grad_x != nullptr && unit_stride) {
+        for (int64_t tap = 0; tap < taps; ++tap) turned.data()[tap] = kernel[taps - 1 - tap];
+        copy_in(back_plane, dy, p.out_h, p.out_w, back.pad_h, back.pad_w, grad_scratch.data());
+        run_back.correlate_plane(back, back_plane, back_offsets.data(), grad_scratch.data(), turned.data(), T(0), m > 0,
+                                 grad_x + in_plane * in_size);
+      } else if (grad_x != nullptr) {
+        scatter_input_gradient(p, plane, offsets.data(), dy, kernel, grad_scratch.data());
       }
     }
+    if (grad_x != nullptr && !unit_stride) {
+      copy_out(plane, grad_scratch.data(), p.in_h, p.in_w, p.pad_h, p.pad_w, grad_x + in_plane * in_size);
+    }
+  };
+
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t count = block < end - first ? block : end - first;
     weight_total.clear();
     bias_total.clear();
     for (int64_t n = 0; n < p.batch; ++n) {
-      const int64_t in_plane = n * p.channels + channel;
-      if (grad_weight != nullptr) {
-        copy_in(plane, x + in_plane * in_size, p.in_h, p.in_w, p.pad_h, p.pad_w, x_scratch.data());
-      }
-      if (grad_x != nullptr && !unit_stride) grad_scratch.clear();
-      for (int64_t m = 0; m < p.multiplier; ++m) {
-        const T* dy = grad_y + (n * p.out_channels() + channel * p.multiplier + m) * out_size;
-        if (grad_weight != nullptr) {
-          run.weight_gradient_plane(p, plane, offsets.data(), x_scratch.data(), dy,
-                                    weight_total.data() + m * taps * kLanes<T>);
-        }
-        if (grad_bias != nullptr) bias_gradient(dy, out_size, bias_total.data() + m * kLanes<T>);
-        if (grad_x != nullptr && unit_stride) {
-          copy_in(back_plane, dy, p.out_h, p.out_w, back.pad_h, back.pad_w, grad_scratch.data());
-          run.correlate_plane(back, back_plane, back_offsets.data(), grad_scratch.data(), turned.data() + m * taps,
-                              T(0), m > 0, grad_x + in_plane * in_size);
-        } else if (grad_x != nullptr) {
-          scatter_input_gradient(p, plane, offsets.data(), dy, channel_weight + m * taps, grad_scratch.data());
-        }
-      }
-      if (grad_x != nullptr && !unit_stride) {
-        copy_out(plane, grad_scratch.data(), p.in_h, p.in_w, p.pad_h, p.pad_w, grad_x + in_plane * in_size);
+      for (int64_t c = 0; c < count; ++c) {
+        add_plane(n, first + c, weight_total.data() + c * totals, bias_total.data() + c * bias_totals);
       }
     }
-    for (int64_t m = 0; m < p.multiplier; ++m) {
-      const int64_t out_channel = channel * p.multiplier + m;
-      if (grad_bias != nullptr) {
-        grad_bias[out_channel] = static_cast<T>(sum_lanes<T>(bias_total.data() + m * kLanes<T>));
-      }
-      for (int64_t tap = 0; grad_weight != nullptr && tap < taps; ++tap) {
-        const double total = sum_lanes<T>(weight_total.data() + (m * taps + tap) * kLanes<T>);
-        grad_weight[out_channel * taps + tap] = static_cast<T>(total);
-      }
+    const int64_t out_first = first * p.multiplier, out_count = count * p.multiplier;
+    for (int64_t k = 0; grad_weight != nullptr && k < out_count * taps; ++k) {
+      grad_weight[out_first * taps + k] = static_cast<T>(sum_lanes<T>(weight_total.data() + k * kLanes<T>));
+    }
+    for (int64_t k = 0; grad_bias != nullptr && k < out_count; ++k) {
+      grad_bias[out_first + k] = static_cast<T>(sum_lanes<T>(bias_total.data() + k * kLanes<T>));
     }
   }
 }

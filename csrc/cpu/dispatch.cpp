@@ -22,16 +22,16 @@ namespace {
 
 const InstructionSet kInstructionSets[] = {
 #ifdef REFCONV_X86
-    {"avx512",
+    {"avx512", 64,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
      },
      avx512::kernels_f32, avx512::kernels_f64},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::kernels_f32,
+    {"avx2", 32, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::kernels_f32,
      avx2::kernels_f64},
 #endif
-    {"portable", [] { return true; }, portable::kernels_f32, portable::kernels_f64},
+    {"portable", 16, [] { return true; }, portable::kernels_f32, portable::kernels_f64},
 };
 
 const InstructionSet* find(const std::string& name) {
@@ -40,15 +40,21 @@ const InstructionSet* find(const std::string& name) {
     if (name == set->name) return set;
     known += (known.empty() ? "" : ", ") + std::string(set->name);
   }
-  throw std::invalid_argument("instruction set (='" + name + "') must be one that this machine runs: " + known);
+  throw std::invalid_argument("instruction set (='" + name + "') must be auto or one that this machine runs: " + known);
 }
 
-std::atomic<const InstructionSet*>& active() {
-  static std::atomic<const InstructionSet*> chosen{[] {
+// The one that was named; null for the choice by problem.
+std::atomic<const InstructionSet*>& named() {
+  static std::atomic<const InstructionSet*> set{[]() -> const InstructionSet* {
     const char* wanted = std::getenv("REFCONV_CPU_ISA");
-    return wanted != nullptr && *wanted != '\0' ? find(wanted) : instruction_sets().front();
+    return wanted != nullptr && *wanted != '\0' ? find(wanted) : nullptr;
   }()};
-  return chosen;
+  return set;
+}
+
+const std::vector<const InstructionSet*>& found() {
+  static const std::vector<const InstructionSet*> sets = instruction_sets();
+  return sets;
 }
 
 }  // namespace
@@ -61,18 +67,37 @@ std::vector<const InstructionSet*> instruction_sets() {
   return sets;
 }
 
-const InstructionSet& instruction_set() { return *active().load(std::memory_order_relaxed); }
+const InstructionSet& instruction_set() {
+  const InstructionSet* set = named().load(std::memory_order_relaxed);
+  return set != nullptr ? *set : *found().front();
+}
 
-void set_instruction_set(const std::string& name) { active().store(find(name), std::memory_order_relaxed); }
+void set_instruction_set(const std::string& name) {
+  named().store(name == "auto" ? nullptr : find(name), std::memory_order_relaxed);
+}
 
-template <>
-const Kernels<float>& kernels<float>() {
-  return instruction_set().f32;
+const InstructionSet& instruction_set_for_rows(int64_t width, int64_t element_bytes) {
+  const InstructionSet* best = &instruction_set();
+  if (named().load(std::memory_order_relaxed) != nullptr) return *best;
+  const auto padded = [&](const InstructionSet& set) {
+    const int64_t lanes = set.vector_bytes / element_bytes;
+    return (width + lanes - 1) / lanes * lanes;
+  };
+  for (const InstructionSet* set : found()) {
+    const bool fused = set != found().back();  // "portable", the last one, has no fused multiply-add
+    if (fused && padded(*set) < padded(*best)) best = set;
+  }
+  return *best;
 }
 
 template <>
-const Kernels<double>& kernels<double>() {
-  return instruction_set().f64;
+const Kernels<float>& kernels_of<float>(const InstructionSet& set) {
+  return set.f32;
+}
+
+template <>
+const Kernels<double>& kernels_of<double>(const InstructionSet& set) {
+  return set.f64;
 }
 
 }  // namespace refconv::cpu

@@ -30,6 +30,7 @@ struct Kernels {
 
 struct InstructionSet {
   const char* name;
+  int64_t vector_bytes;
   bool (*runs_here)();
   const Kernels<float>& f32;
   const Kernels<double>& f64;
@@ -39,10 +40,15 @@ struct InstructionSet {
 std::vector<const InstructionSet*> instruction_sets();
 // The one in use: the best one, unless the environment's REFCONV_CPU_ISA or set_instruction_set() names another.
 const InstructionSet& instruction_set();
-// Throws std::invalid_argument when `name` was not compiled in or does not run on this machine.
+// Use the one named, and no other, from now on; "auto" returns to the choice by problem. Throws
+// std::invalid_argument when `name` was not compiled in or does not run on this machine.
 void set_instruction_set(const std::string& name);
 
+// For rows of `width` elements of `element_bytes`: unless one was named, the one whose vectors they fill best,
+// the wider of equals. Rows of 7 floats fill 7 of 8 lanes with AVX2, 7 of 16 with AVX-512.
+const InstructionSet& instruction_set_for_rows(int64_t width, int64_t element_bytes);
+
 template <typename T>
-const Kernels<T>& kernels();
+const Kernels<T>& kernels_of(const InstructionSet& set);
 
 }  // namespace refconv::cpu

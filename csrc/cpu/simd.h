@@ -67,6 +67,12 @@ inline Vec<T> keep(Vec<T> v, int64_t count) {
   return lane < broadcast(static_cast<T>(count)) ? v : Vec<T>{};
 }
 
+// The `count` elements at `from`, zero in the lanes beyond; nothing at or after `end` is read.
+template <typename T>
+inline Vec<T> load_tail(const T* from, int64_t count, const T* end) {
+  return end - from >= kLanes<T> ? keep<T>(load(from), count) : load_partial(from, count);
+}
+
 // total[lane] += v[lane], in double: the caller adds many vectors and then their lanes.
 template <typename T>
 inline void add_lanes(Vec<T> v, double* total) {

@@ -202,9 +202,8 @@ void test_all(const refconv::cpu::Kernels<T>& kernels, const std::string& isa) {
 
 int main() {
   for (const auto* set : refconv::cpu::instruction_sets()) {
-    refconv::cpu::set_instruction_set(set->name);
-    test_all(refconv::cpu::kernels<float>(), set->name);
-    test_all(refconv::cpu::kernels<double>(), set->name);
+    test_all(set->f32, set->name);
+    test_all(set->f64, set->name);
     std::printf("%s: done\n", set->name);
   }
   std::printf("%d checks, %d failed\n", checks, failures);
