@@ -46,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "train a baseline on handwritten digits, refocus and train it, fold it, and compare"
     demo = commands.add_parser("demo", help=text, description=text)
     demo.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="folder for the files (demo)")
-    demo.add_argument("--seeds", type=_positive, metavar="N", help="repetitions from other random weights (3)")
-    demo.add_argument("--epochs", type=_positive, metavar="N", help="epochs of each training (60)")
+    demo.add_argument("--seeds", type=_positive, metavar="N", help="repetitions from other random weights (5)")
+    demo.add_argument("--epochs", type=_positive, metavar="N", help="epochs of each training (40)")
     demo.add_argument("--quiet", action="store_true", help="a line per training instead of progress bars")
 
     text = "which backends there are, why one is off, and which one runs a problem"
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--shape", type=_shape, metavar="B,C,H,W", help="shape of the input (depthwise_conv2d)")
     info.add_argument("--weight", type=_shape, metavar="O,I,H,W", help="shape of the convolution's weight")
     info.add_argument("--groups", type=_positive, metavar="G", help="groups (depthwise if the weight allows it)")
+    info.add_argument("--stride", type=_positive, default=1, metavar="S", help="stride, with padding K // 2 (1)")
     info.add_argument("--dtype", default="float32", help="name of a torch dtype (float32)")
     info.add_argument("--channels-last", action="store_true", help="the input is channels_last")
     info.set_defaults(fail=info.error)
@@ -102,8 +103,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     if arguments.problem is not None:
         return _problem(arguments)
-    if arguments.shape or arguments.weight or arguments.groups or arguments.channels_last:
-        arguments.fail("--shape, --weight, --groups and --channels-last describe a --problem: name one")
+    if arguments.shape or arguments.weight or arguments.groups or arguments.channels_last or arguments.stride > 1:
+        arguments.fail("--shape, --weight, --groups, --stride and --channels-last describe a --problem: name one")
     print(f"refconv_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(platform.platform())
     print(f"\nbackend asked for: {current_backend()}\n")
@@ -142,12 +143,15 @@ def _problem(arguments: argparse.Namespace) -> int:
             reason = f"no {operator} kernel"
         else:
             reason = kernel.limits(*problem)
+            slower = kernel.slower(*problem)
+            if reason is None and slower is not None:
+                reason = f"covers it, but auto leaves it: {slower}"
         print(f"{backend:<{width}}  {'covers it' if reason is None else reason}")
     return 0
 
 
 def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
-    """The problem as the arguments of a kernel's ``limits``; the tensors are never filled."""
+    """The problem as the arguments of a kernel's ``limits`` and ``slower``; the tensors are never filled."""
     dtype = getattr(torch, arguments.dtype, None)
     if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
         raise ValueError(f"--dtype (={arguments.dtype!r}) must be a floating-point type of torch, such as float32")
@@ -158,8 +162,8 @@ def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
     weight = torch.empty(weight_shape, dtype=dtype, device="cpu")
     kernels = weight_shape[0] * weight_shape[1]
     if arguments.problem == "refocus_weight":
-        if arguments.shape is not None or arguments.channels_last:
-            raise ValueError("--problem refocus_weight has no input: leave --shape and --channels-last out")
+        if arguments.shape is not None or arguments.channels_last or arguments.stride > 1:
+            raise ValueError("--problem refocus_weight has no input: leave --shape, --stride and --channels-last out")
         if kernels % groups != 0:
             raise ValueError(f"--weight has {kernels} kernels, which --groups (={groups}) must divide")
         return weight, torch.empty((kernels, groups, 3, 3), dtype=dtype, device="cpu")
@@ -171,7 +175,9 @@ def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
     if weight_shape[0] % groups != 0:
         raise ValueError(f"--weight has {weight_shape[0]} output channels, which --groups (={groups}) must divide")
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
-    return torch.empty(arguments.shape, dtype=dtype, device="cpu", memory_format=layout), weight, groups
+    width, kernel_width = arguments.shape[3], weight_shape[3]
+    out_width = (width + 2 * (kernel_width // 2) - kernel_width) // arguments.stride + 1
+    return torch.empty(arguments.shape, dtype=dtype, device="cpu", memory_format=layout), weight, groups, out_width
 
 
 if __name__ == "__main__":

@@ -149,6 +149,7 @@ def conv2d(
         before = after = (0, 0)
     elif before != after:  # "same" with an even span: the extra row or column goes to the end, as in PyTorch
         input = _pad(input, (0, 0), (after[0] - before[0], after[1] - before[1]), "constant")
+    output_size = []
     for d, name in enumerate(("height", "width")):
         size, span = input.shape[d - 2] + 2 * before[d], dilation[d] * (weight.shape[d + 2] - 1) + 1
         if size < span:
@@ -156,10 +157,11 @@ def conv2d(
                 f"input {name} (={input.shape[d - 2]}, {size} with padding) must be at least the {name} of the "
                 f"dilated kernel (={span})"
             )
+        output_size.append((size - span) // stride[d] + 1)
 
     # A convolution that is not depthwise is PyTorch's own on every backend.
     if groups == input.shape[-3] and weight.shape[1] == 1:
-        backend = choose("depthwise_conv2d", input, weight, groups)
+        backend = choose("depthwise_conv2d", input, weight, groups, output_size[1])
         if backend != "reference":
             if input.dim() == 3:
                 return DepthwiseConv2d.apply(

@@ -89,11 +89,12 @@ def _register(backend: str) -> None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operator of one backend: its forward and backward, and which problems it covers."""
+    """One operator of one backend: its forward and backward, and which problems it is for."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     limits: Callable[..., str | None]  # why a problem is not covered; None when it is
+    slower: Callable[..., str | None]  # why "auto" leaves a covered problem to PyTorch; None when it does not
 
 
 #: Why a backend cannot run here; None when it can.
@@ -111,10 +112,16 @@ if UNAVAILABLE["cpu"] is None:
     _register("cpu")
     _cpu = torch.ops.refconv_cpu
     KERNELS["refocus_weight"]["cpu"] = Kernel(
-        _cpu.refocus_weight.default, _cpu.refocus_weight_backward.default, cpu.refocus_weight_limits
+        _cpu.refocus_weight.default,
+        _cpu.refocus_weight_backward.default,
+        cpu.refocus_weight_limits,
+        cpu.refocus_weight_slower,
     )
     KERNELS["depthwise_conv2d"]["cpu"] = Kernel(
-        _cpu.depthwise_conv2d.default, _cpu.depthwise_conv2d_backward.default, cpu.depthwise_conv2d_limits
+        _cpu.depthwise_conv2d.default,
+        _cpu.depthwise_conv2d_backward.default,
+        cpu.depthwise_conv2d_limits,
+        cpu.depthwise_conv2d_slower,
     )
 
 
@@ -140,9 +147,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Choose the kernels for the block: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"auto"``.
 
     ``"auto"``, the default, takes the best kernel that covers each problem, and the reference path where none
-    does. A backend named outright never falls back: a problem that one of its kernels does not cover raises.
-    (Convolutions that are not depthwise are PyTorch's on every backend.) The choice holds for the whole
-    process, and for the backward of what was computed inside the block.
+    does or where PyTorch's own was measured to be faster. A backend named outright never falls back: a problem
+    that one of its kernels does not cover raises. (Convolutions that are not depthwise are PyTorch's on every
+    backend.) The choice holds for the whole process, and for the backward of what was computed inside the block.
 
     Raises:
         ValueError: the name is not a backend.
@@ -162,7 +169,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(operator: str, *problem: Any) -> str:
-    """The backend that runs ``operator`` on ``problem`` (the arguments of its ``limits``).
+    """The backend that runs ``operator`` on ``problem`` (the arguments of its ``limits`` and ``slower``).
 
     Exported programs and forward-mode differentiation always take the reference path.
 
@@ -174,7 +181,7 @@ def choose(operator: str, *problem: Any) -> str:
     kernels = KERNELS[operator]
     if _wanted == "auto":
         for backend, kernel in kernels.items():
-            if kernel.limits(*problem) is None:
+            if kernel.limits(*problem) is None and kernel.slower(*problem) is None:
                 return backend
         return "reference"
     reason = kernels[_wanted].limits(*problem)

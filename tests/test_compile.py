@@ -56,10 +56,10 @@ def test_compiled_graph_holds_the_kernels_of_the_backend(native: bool) -> None:
 
     layer = RefConv2d(4, 4, 3, groups=4)
     with torch.no_grad():
-        torch.compile(layer, backend=spy, fullgraph=True)(torch.randn(1, 4, 5, 5))
+        torch.compile(layer, backend=spy, fullgraph=True)(torch.randn(1, 4, 12, 12))
     assert ("refconv_cpu" in graphs[0] or "autograd_function" in graphs[0].lower()) == native
     with use_backend("reference"), torch.no_grad():
-        torch.compile(layer, backend=spy, fullgraph=True)(torch.randn(1, 4, 5, 5))
+        torch.compile(layer, backend=spy, fullgraph=True)(torch.randn(1, 4, 12, 12))
     assert "refconv_cpu" not in graphs[-1]
 
 

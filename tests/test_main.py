@@ -16,7 +16,7 @@ from refconv_kernels.__main__ import main
 from refconv_kernels.backends import cpu
 from tests.conftest import needs_native
 
-DEPTHWISE = ["info", "--problem", "depthwise_conv2d", "--shape", "2,8,6,6", "--weight", "8,1,3,3"]
+DEPTHWISE = ["info", "--problem", "depthwise_conv2d", "--shape", "2,8,9,9", "--weight", "8,1,3,3"]
 REFOCUS = ["info", "--problem", "refocus_weight", "--weight", "8,1,3,3"]
 
 
@@ -69,6 +69,8 @@ def test_info_shows_the_backend_asked_for(capsys: pytest.CaptureFixture) -> None
         ([*DEPTHWISE, "--dtype", "bfloat16"], "input has dtype torch.bfloat16, the kernel covers"),
         ([*DEPTHWISE, "--channels-last"], "input is channels_last, the kernel covers NCHW"),
         ([*DEPTHWISE[:-1], "8,8,3,3"], "groups (=1) differs from in_channels (=8), the kernel is depthwise"),
+        ([*DEPTHWISE, "--stride", "2"], "covers it, but auto leaves it: output rows of 5"),
+        ([*REFOCUS[:-1], "8,4,5,5", "--groups", "1"], "covers it, but auto leaves it: 5x5 kernels in groups of 1"),
         (REFOCUS, None),
         ([*REFOCUS[:-1], "8,4,3,3", "--groups", "2"], None),
         ([*REFOCUS, "--dtype", "complex64"], "basis has dtype torch.complex64"),
@@ -105,6 +107,7 @@ def test_a_backend_asked_for_that_does_not_cover_the_problem(capsys: pytest.Capt
         (["train"], "invalid choice: 'train'"),
         (["info", "--problem", "conv3d"], "invalid choice: 'conv3d'"),
         (["info", "--weight", "8,1,3,3"], "describe a --problem: name one"),
+        (["info", "--stride", "2"], "describe a --problem: name one"),
         (DEPTHWISE[:3], "--problem depthwise_conv2d needs --weight"),
         ([*DEPTHWISE[:3], "--weight", "8,1,3,3"], "--problem depthwise_conv2d needs --shape"),
         ([*DEPTHWISE, "--shape", "2,9,6,6"], "--shape has 9 channels, but --weight in 8 groups needs 8"),
@@ -116,7 +119,7 @@ def test_a_backend_asked_for_that_does_not_cover_the_problem(capsys: pytest.Capt
         ([*DEPTHWISE, "--shape", "2,8,6,0"], "'0' must be a whole number of at least 1"),
         ([*DEPTHWISE, "--dtype", "int64"], "--dtype (='int64') must be a floating-point type"),
         ([*DEPTHWISE, "--dtype", "nn"], "--dtype (='nn') must be a floating-point type"),
-        ([*REFOCUS, "--shape", "2,8,6,6"], "has no input: leave --shape and --channels-last out"),
+        ([*REFOCUS, "--shape", "2,8,6,6"], "has no input: leave --shape, --stride and --channels-last out"),
         ([*REFOCUS, "--groups", "3"], "--weight has 8 kernels, which --groups (=3) must divide"),
     ],
 )

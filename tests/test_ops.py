@@ -146,7 +146,9 @@ def test_rows_take_the_instruction_set_whose_vectors_they_fill_best() -> None:
 
 @needs_native
 def test_unknown_instruction_set() -> None:
-    with pytest.raises(ValueError, match=r"instruction set \(='mmx'\) must be auto or one that this machine runs: .*portable"):
+    with pytest.raises(
+        ValueError, match=r"instruction set \(='mmx'\) must be auto or one that this machine runs: .*portable"
+    ):
         cpu.native.set_instruction_set("mmx")
     code = "from refconv_kernels.backends import cpu; print(cpu.native.instruction_set())"
     for name in cpu.native.instruction_sets():
@@ -303,9 +305,9 @@ def test_auto_takes_the_native_kernel_and_reference_does_not(monkeypatch: pytest
     monkeypatch.setitem(
         ops.KERNELS["depthwise_conv2d"],
         "cpu",
-        ops.Kernel(lambda *a: calls.append("forward") or a[0].clone(), lambda *a: None, limits),
+        ops.Kernel(lambda *a: calls.append("forward") or a[0].clone(), lambda *a: None, limits, lambda *_: None),
     )
-    x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
+    x, weight = torch.randn(1, 4, 12, 12), torch.randn(4, 1, 3, 3)
     functional.conv2d(x, weight, groups=4)
     assert calls[-1] == "forward"
     calls.clear()
@@ -318,10 +320,27 @@ def test_auto_takes_the_native_kernel_and_reference_does_not(monkeypatch: pytest
 def test_depthwise_limits_name_what_is_not_covered() -> None:
     x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 2, 3, 3)
     assert (
-        cpu.depthwise_conv2d_limits(x, weight, 2)
+        cpu.depthwise_conv2d_limits(x, weight, 2, 3)
         == "groups (=2) differs from in_channels (=4), the kernel is depthwise"
     )
-    assert cpu.depthwise_conv2d_limits(x, torch.randn(8, 1, 3, 3), 4) is None
+    assert cpu.depthwise_conv2d_limits(x, torch.randn(8, 1, 3, 3), 4, 3) is None
+
+
+@needs_native
+def test_auto_leaves_to_pytorch_what_pytorch_does_faster() -> None:
+    def depthwise(size: int, kernel: int) -> tuple[Tensor, Tensor, int, int]:
+        return torch.empty(1, 4, size, size), torch.empty(4, 1, kernel, kernel), 4, size
+
+    assert ops.choose("depthwise_conv2d", *depthwise(7, 3)) == "reference"
+    assert ops.choose("depthwise_conv2d", *depthwise(8, 3)) == "cpu"
+    assert ops.choose("depthwise_conv2d", *depthwise(7, 5)) == "cpu"
+    assert ops.choose("refocus_weight", torch.empty(8, 4, 5, 5), torch.empty(32, 1, 3, 3)) == "reference"
+    assert ops.choose("refocus_weight", torch.empty(8, 4, 3, 3), torch.empty(32, 1, 3, 3)) == "cpu"
+    assert ops.choose("refocus_weight", torch.empty(8, 1, 5, 5), torch.empty(8, 8, 3, 3)) == "cpu"
+    with use_backend("cpu"):
+        assert ops.choose("depthwise_conv2d", *depthwise(7, 3)) == "cpu"  # asked for by name
+    kernel = ops.KERNELS["depthwise_conv2d"]["cpu"]
+    assert kernel.slower(*depthwise(7, 3)) == "output rows of 7 with a kernel of at most 3x3: PyTorch's is faster"
 
 
 @pytest.mark.parametrize(
@@ -340,7 +359,7 @@ def test_environment_variable(value: str, expected: str) -> None:
 
 
 def test_backward_uses_the_backend_of_the_forward() -> None:
-    x, weight = torch.randn(1, 4, 5, 5, requires_grad=True), torch.randn(4, 1, 3, 3)
+    x, weight = torch.randn(1, 4, 12, 12, requires_grad=True), torch.randn(4, 1, 3, 3)
     y = functional.conv2d(x, weight, groups=4)
     with use_backend("reference"):
         name = y.grad_fn.name()

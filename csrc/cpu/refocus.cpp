@@ -14,9 +14,11 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-constexpr int64_t kWideRow = 64;     // entries of W_r per kernel from which the product with U^T pays
-constexpr int64_t kColumns = 9;      // columns of U in registers at once: a whole 3 x 3 kernel
-constexpr int64_t kRowBlock = 1024;  // entries of W_r per pass, so that a row block stays in the first cache
+constexpr int64_t kWideRow = 64;       // entries of W_r per kernel from which the product with U^T pays
+constexpr int64_t kColumns = 9;        // columns of U in registers at once: a whole 3 x 3 kernel
+constexpr int64_t kRowBlock = 1024;    // entries of W_r per pass: a pair of such row blocks stays in the first cache
+constexpr int64_t kRowGroup = 16;      // rows of W_r that use a block of U^T before it leaves the second cache
+constexpr int64_t kColumnBlock = 512;  // columns of dW_r per pass over the rows, for the same reason
 
 // U^T of one refocus group: [round_up(K_h * K_w, kColumns), pitch], zero where nothing is defined.
 template <typename T>
@@ -85,28 +87,33 @@ void product_block(const T* refocus, int64_t row_length, const Unfolded<T>& u, i
   }
 }
 
-template <typename T, int ROWS>
+// `rows` kernels of one refocus group. `acc` has room for kRowGroup of them.
+template <typename T>
 void wide_forward(const RefocusProblem& p, const Unfolded<T>& u, const T* basis, const T* refocus, T* transformed,
-                  Vec<T>* acc) {
-  const int64_t length = p.row_length();
-  for (int64_t i = 0; i < ROWS * u.columns(); ++i) acc[i] = Vec<T>{};
+                  int64_t rows, Vec<T>* acc) {
+  const int64_t length = p.row_length(), columns = u.columns();
+  for (int64_t k = 0; k < rows * columns; ++k) acc[k] = Vec<T>{};
   for (int64_t q = 0; q < length; q += kRowBlock) {
     const int64_t end = q + kRowBlock < length ? q + kRowBlock : length;
-    product_block<T, ROWS>(refocus, length, u, q, end, acc);
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2) product_block<T, 2>(refocus + r * length, length, u, q, end, acc + r * columns);
+    for (; r < rows; ++r) product_block<T, 1>(refocus + r * length, length, u, q, end, acc + r * columns);
   }
-  for (int64_t r = 0; r < ROWS; ++r) {
+  for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < p.kernel_size(); ++c) {
       const int64_t at = r * p.kernel_size() + c;
       const T start = p.identity ? basis[at] : T(0);
-      transformed[at] = static_cast<T>(static_cast<double>(start) + sum<T>(acc[r * u.columns() + c]));
+      transformed[at] = static_cast<T>(static_cast<double>(start) + sum<T>(acc[r * columns + c]));
     }
   }
 }
 
+// Entries [q0, q1) of ROWS rows of dW_r.
 template <typename T, int ROWS>
-void wide_backward(const RefocusProblem& p, const Unfolded<T>& u, const T* grad, T* grad_refocus) {
+void wide_backward(const RefocusProblem& p, const Unfolded<T>& u, const T* grad, T* grad_refocus, int64_t q0,
+                   int64_t q1) {
   const int64_t length = p.row_length(), size = p.kernel_size();
-  for (int64_t q = 0; q < length; q += kLanes<T>) {
+  for (int64_t q = q0; q < q1; q += kLanes<T>) {
     Vec<T> sums[ROWS] = {};
     for (int64_t c = 0; c < size; ++c) {
       const Vec<T> basis = load(u.column(c) + q);
@@ -114,10 +121,10 @@ void wide_backward(const RefocusProblem& p, const Unfolded<T>& u, const T* grad,
     }
     for (int r = 0; r < ROWS; ++r) {
       T* to = grad_refocus + r * length + q;
-      if (q + kLanes<T> <= length) {
+      if (q + kLanes<T> <= q1) {
         store<T>(to, sums[r]);
       } else {
-        store_partial<T>(to, sums[r], length - q);
+        store_partial<T>(to, sums[r], q1 - q);
       }
     }
   }
@@ -169,7 +176,20 @@ void narrow_backward(const RefocusProblem& p, const T* grad, const T* group_basi
   }
 }
 
-bool is_3x3_by_3x3(const RefocusProblem& p) { return p.kernel_h == 3 && p.kernel_w == 3 && p.map_size == 3; }
+template <typename T>
+struct Narrow {
+  decltype(&narrow_forward<T, 0, 0>) forward = narrow_forward<T, 0, 0>;
+  decltype(&narrow_backward<T, 0, 0>) backward = narrow_backward<T, 0, 0>;
+};
+
+template <typename T>
+Narrow<T> narrow(const RefocusProblem& p) {
+  if (p.kernel_h != p.kernel_w || p.map_size != 3) return {};
+  if (p.kernel_h == 3) return {narrow_forward<T, 3, 3>, narrow_backward<T, 3, 3>};
+  if (p.kernel_h == 5) return {narrow_forward<T, 5, 3>, narrow_backward<T, 5, 3>};
+  if (p.kernel_h == 7) return {narrow_forward<T, 7, 3>, narrow_backward<T, 7, 3>};
+  return {};
+}
 
 // Calls work(first kernel of the group, first row, last row) for each refocus group that [begin, end) touches.
 template <typename Work>
@@ -189,23 +209,20 @@ void refocus_forward(const RefocusProblem& p, const T* basis, const T* refocus, 
                      int64_t end) {
   const int64_t size = p.kernel_size(), length = p.row_length();
   if (length < kWideRow) {
-    const auto run = is_3x3_by_3x3(p) ? narrow_forward<T, 3, 3> : narrow_forward<T, 0, 0>;
+    const auto run = narrow<T>(p).forward;
     for (int64_t n = begin; n < end; ++n) {
       const T* group_basis = basis + n / p.group_size * p.group_size * size;
       run(p, group_basis, basis + n * size, refocus + n * length, transformed + n * size);
     }
     return;
   }
-  constexpr int kRows = 2;
   Unfolded<T> u(p);
-  Scratch<Vec<T>> acc(kRows * u.columns());
+  Scratch<Vec<T>> acc(kRowGroup * u.columns());
   for_each_group(p, begin, end, [&](int64_t first, int64_t n, int64_t last) {
     u.fill(basis + first * size);
-    for (; n + kRows <= last; n += kRows) {
-      wide_forward<T, kRows>(p, u, basis + n * size, refocus + n * length, transformed + n * size, acc.data());
-    }
-    for (; n < last; ++n) {
-      wide_forward<T, 1>(p, u, basis + n * size, refocus + n * length, transformed + n * size, acc.data());
+    for (; n < last; n += kRowGroup) {
+      const int64_t rows = kRowGroup < last - n ? kRowGroup : last - n;
+      wide_forward(p, u, basis + n * size, refocus + n * length, transformed + n * size, rows, acc.data());
     }
   });
 }
@@ -215,22 +232,25 @@ void refocus_backward(const RefocusProblem& p, const T* grad_transformed, const 
                       int64_t begin, int64_t end) {
   const int64_t size = p.kernel_size(), length = p.row_length();
   if (length < kWideRow) {
-    const auto run = is_3x3_by_3x3(p) ? narrow_backward<T, 3, 3> : narrow_backward<T, 0, 0>;
+    const auto run = narrow<T>(p).backward;
     for (int64_t n = begin; n < end; ++n) {
       const T* group_basis = basis + n / p.group_size * p.group_size * size;
       run(p, grad_transformed + n * size, group_basis, grad_refocus + n * length);
     }
     return;
   }
-  constexpr int kRows = 4;
   Unfolded<T> u(p);
-  for_each_group(p, begin, end, [&](int64_t first, int64_t n, int64_t last) {
+  for_each_group(p, begin, end, [&](int64_t first, int64_t group_begin, int64_t last) {
     u.fill(basis + first * size);
-    for (; n + kRows <= last; n += kRows) {
-      wide_backward<T, kRows>(p, u, grad_transformed + n * size, grad_refocus + n * length);
-    }
-    for (; n < last; ++n) {
-      wide_backward<T, 1>(p, u, grad_transformed + n * size, grad_refocus + n * length);
+    for (int64_t q = 0; q < length; q += kColumnBlock) {
+      const int64_t q_end = q + kColumnBlock < length ? q + kColumnBlock : length;
+      int64_t n = group_begin;
+      for (; n + 4 <= last; n += 4) {
+        wide_backward<T, 4>(p, u, grad_transformed + n * size, grad_refocus + n * length, q, q_end);
+      }
+      for (; n < last; ++n) {
+        wide_backward<T, 1>(p, u, grad_transformed + n * size, grad_refocus + n * length, q, q_end);
+      }
     }
   });
 }

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.float64)
+_WIDE_ROW = 64  # entries of W_r per 2-D kernel from which the kernel takes a matrix product (csrc/cpu/refocus.cpp)
+_SHORT_ROW = 8  # output columns below which most lanes of a vector idle
 
 native: ModuleType | None
 _import_error: str | None
@@ -49,10 +51,24 @@ def refocus_weight_limits(basis: Tensor, refocus: Tensor) -> str | None:
     return _limits(basis, "basis")
 
 
-def depthwise_conv2d_limits(input: Tensor, weight: Tensor, groups: int) -> str | None:
+def refocus_weight_slower(basis: Tensor, refocus: Tensor) -> str | None:
+    """Why ``"auto"`` leaves this problem to PyTorch (``docs/performance.md``); None when it does not."""
+    if refocus[0].numel() < _WIDE_ROW and tuple(basis.shape[2:]) != (3, 3):
+        return f"{basis.shape[2]}x{basis.shape[3]} kernels in groups of {refocus.shape[1]}: PyTorch's is faster"
+    return None
+
+
+def depthwise_conv2d_limits(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:
     """Why the ``depthwise_conv2d`` kernel does not cover this problem; None when it does."""
     if groups != input.shape[-3] or weight.shape[1] != 1:
         return f"groups (={groups}) differs from in_channels (={input.shape[-3]}), the kernel is depthwise"
     if input.dim() == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
         return "input is channels_last, the kernel covers NCHW"
     return _limits(input, "input")
+
+
+def depthwise_conv2d_slower(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:
+    """Why ``"auto"`` leaves this problem to PyTorch (``docs/performance.md``); None when it does not."""
+    if out_width < _SHORT_ROW and weight.shape[2] * weight.shape[3] <= 9:
+        return f"output rows of {out_width} with a kernel of at most 3x3: PyTorch's is faster"
+    return None

@@ -15,9 +15,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from refconv_kernels import RefConv2d, refocus, reparameterize, summary
+from refconv_kernels.learning.compare import compare
 from refconv_kernels.learning.data import digits, require
 from refconv_kernels.learning.loop import CheckFailed, accuracy, compare_steps, logits, train
 from refconv_kernels.learning.models import SmallSeparableNet
@@ -32,10 +33,10 @@ from refconv_kernels.learning.picture import draw_kernels
 from refconv_kernels.learning.recipe import Recipe
 from refconv_kernels.ops import UNAVAILABLE
 
-__all__ = ["ARMS", "EPOCHS", "SEEDS", "Comparison", "check_fold", "compare", "report", "run"]
+__all__ = ["ARMS", "EPOCHS", "SEEDS", "check_fold", "report", "run"]
 
 ARMS = ("baseline", "retrain", "RefConv")
-SEEDS, EPOCHS = 3, 60
+SEEDS, EPOCHS = 5, 40
 _EXTRAS = ("tqdm", "sklearn.datasets", "scipy.stats", "matplotlib.figure", "safetensors.torch")
 _SHOWN = 16  # kernels in the picture
 
@@ -212,34 +213,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# --- figures ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Mean of paired differences, its 95 % confidence interval (None where they give none), and the verdict."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    verdict: str
-
-
-def compare(differences: Sequence[float]) -> Comparison:
-    """Judge paired differences, one per seed, by Student's t: only an interval without zero is a finding."""
-    mean, n = statistics.fmean(differences), len(differences)
-    spread = statistics.stdev(differences) if n > 1 else 0.0
-    if spread == 0:
-        seeds = "one seed" if n == 1 else f"{n} equal differences"
-        return Comparison(mean, None, None, f"no difference could be measured: no interval from {seeds}")
-    half = float(require("scipy.stats").t.ppf(0.975, n - 1)) * spread / n**0.5
-    if mean - half > 0:
-        verdict = "a gain: the interval excludes zero"
-    elif mean + half < 0:
-        verdict = "a loss: the interval excludes zero"
-    else:
-        verdict = "no difference could be measured: the interval includes zero"
-    return Comparison(mean, mean - half, mean + half, verdict)
+# --- text ---------------------------------------------------------------------------------------------------
 
 
 def _cpu_name() -> str:
@@ -249,9 +223,6 @@ def _cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return (names or [platform.processor() or platform.machine()])[0]
-
-
-# --- text ---------------------------------------------------------------------------------------------------
 
 
 def report(results: Mapping[str, Any]) -> str:
