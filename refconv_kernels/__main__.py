@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "train a baseline on handwritten digits, refocus and train it, fold it, and compare"
     demo = commands.add_parser("demo", help=text, description=text)
     demo.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="folder for the files (demo)")
-    demo.add_argument("--seeds", type=_positive, metavar="N", help="repetitions from other random weights (5)")
+    demo.add_argument("--seeds", type=_positive, metavar="N", help="repetitions from other random weights (8)")
     demo.add_argument("--epochs", type=_positive, metavar="N", help="epochs of each training (40)")
     demo.add_argument("--quiet", action="store_true", help="a line per training instead of progress bars")
 

@@ -36,7 +36,7 @@ from refconv_kernels.ops import UNAVAILABLE
 __all__ = ["ARMS", "EPOCHS", "SEEDS", "check_fold", "report", "run"]
 
 ARMS = ("baseline", "retrain", "RefConv")
-SEEDS, EPOCHS = 5, 40
+SEEDS, EPOCHS = 8, 40
 _EXTRAS = ("tqdm", "sklearn.datasets", "scipy.stats", "matplotlib.figure", "safetensors.torch")
 _SHOWN = 16  # kernels in the picture
 
