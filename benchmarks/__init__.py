@@ -1,0 +1,1 @@
+"""Measurements against plain convolutions and against the two-convolution formulation of RefConv."""

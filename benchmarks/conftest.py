@@ -1,0 +1,118 @@
+"""Options of the benchmarks, what they record about the machine, and the timer."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from refconv_kernels import current_backend
+
+ROUND_SECONDS = 1e-3  # at least, so that the clock's resolution does not matter
+MEASURED_SECONDS = 0.2  # per benchmark, unless the fewest rounds take longer
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
+
+LOAD = pytest.StashKey[float | None]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("refconv benchmarks")
+    group.addoption("--batch", type=int, default=4, help="images per layer benchmark (default: 4)")
+    group.addoption("--threads", type=int, default=None, help="threads of PyTorch (default: PyTorch's choice)")
+    group.addoption("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--threads") is not None:
+        torch.set_num_threads(config.getoption("--threads"))
+    # A failed check leaves the timer unused, and its failure says enough.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
+    config.stash[LOAD] = _load()
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["refconv"] = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "backend": current_backend(),
+        "instruction_set": _instruction_set(),
+        "commit": _commit(),
+        "load_before": config.stash[LOAD],
+        "load_after": _load(),
+    }
+
+
+def _load() -> float | None:
+    """Running processes, a mean over the last minute: others than this one disturb the figures."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine() or None
+
+
+def _instruction_set() -> str | None:
+    try:
+        from refconv_kernels import _C
+    except ImportError:
+        return None
+    return _C.instruction_set()
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def batch(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--batch")
+
+
+@pytest.fixture
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return getattr(torch, request.config.getoption("--dtype"))
+
+
+@pytest.fixture
+def measure(benchmark: Any) -> Callable[..., None]:
+    """``measure(function, kind=, mode=, shape=, case=, networks=, formulation=, dtype=, batch=, bytes=)``.
+
+    Times ``function`` in rounds and records the rest with the figures. What differs in the formulation alone is one
+    group. ``bytes`` are those that one call must move, None where that is not defined.
+    """
+
+    def run(
+        function: Callable[[], object], *, kind: str, mode: str, shape: str, dtype: torch.dtype, **info: Any
+    ) -> None:
+        benchmark.group = f"{kind} {mode} {shape}"
+        benchmark.extra_info.update(kind=kind, mode=mode, shape=shape, dtype=str(dtype).removeprefix("torch."), **info)
+        function()
+        start = time.perf_counter()
+        function()
+        once = time.perf_counter() - start
+        iterations = max(1, math.ceil(ROUND_SECONDS / once))
+        rounds = int(MEASURED_SECONDS / (once * iterations))
+        rounds = min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
+        benchmark.pedantic(function, rounds=rounds, iterations=iterations, warmup_rounds=1)
+
+    return run

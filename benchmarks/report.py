@@ -1,0 +1,185 @@
+"""``python -m benchmarks.report FILE.json [--markdown]``: ratios of the formulations measured in one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+KINDS = ("weight transform", "layer", "training step")
+CASES = ("depthwise", "groupwise", "dense")
+MISSING = "-"
+LEGEND = (
+    "Times are the shortest of their rounds, in ms, with warm caches. A ratio is another formulation's time divided by "
+    "ours in the same run: above 1, ours is faster. GB/s: bytes that ours must move at least, by its time."
+)
+
+
+@dataclass
+class Row:
+    """One group: the same work in each of the formulations. Seconds, by formulation."""
+
+    kind: str
+    mode: str
+    shape: str
+    case: str | None
+    networks: dict[str, int]
+    bytes: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def ratio(self, other: str) -> float | None:
+        """The time of ``other`` divided by ours; None if one of them was not measured."""
+        if other not in self.seconds or "ours" not in self.seconds:
+            return None
+        return self.seconds[other] / self.seconds["ours"]
+
+
+def read_rows(run: dict[str, Any]) -> list[Row]:
+    """The groups of a pytest-benchmark file, in the order of their measurement."""
+    rows: dict[str, Row] = {}
+    for benchmark in run["benchmarks"]:
+        info = benchmark["extra_info"]
+        row = rows.setdefault(
+            benchmark["group"], Row(*(info[key] for key in ("kind", "mode", "shape", "case", "networks")))
+        )
+        row.seconds[info["formulation"]] = benchmark["stats"]["min"]
+        if info["formulation"] == "ours":
+            row.bytes = info["bytes"]
+    return list(rows.values())
+
+
+def geometric_mean(ratios: Iterable[float | None]) -> float | None:
+    """Of those that were measured, each with the same weight; None if there are none."""
+    logs = [math.log(ratio) for ratio in ratios if ratio is not None]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def _header(run: dict[str, Any]) -> list[str]:
+    facts = run["machine_info"].get("refconv", {})
+    infos = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
+    python = run["machine_info"].get("python_version")
+
+    def each(values: Iterable[Any]) -> str:
+        return ", ".join(map(str, dict.fromkeys(values)))
+
+    lines = {
+        "machine": f"{facts.get('cpu')}, {facts.get('cores')} cores, {facts.get('threads')} threads used, "
+        f"load {_number(facts.get('load_before'), 1)} before, {_number(facts.get('load_after'), 1)} at the end",
+        "versions": f"torch {facts.get('torch')}, Python {python}, commit {facts.get('commit')}, {run.get('datetime')}",
+        "kernels": f"backend {facts.get('backend')}, instruction set {facts.get('instruction_set')}",
+        "problem": f"{each(info['dtype'] for info in infos)}, "
+        f"layers with batch {each(info['batch'] for info in infos if info['kind'] == 'layer') or MISSING}",
+    }
+    if _disturbed(facts):
+        lines["WARNING"] = "the load was above this run's own: other processes may have disturbed times and ratios"
+    return [f"{name + ':':10}{value}" for name, value in lines.items()]
+
+
+def _disturbed(facts: dict[str, Any]) -> bool:
+    """Whether the load (running processes, a mean over a minute) was more than this run's own."""
+    before, after = facts.get("load_before"), facts.get("load_after")
+    return (before or 0) > 0.5 or (after or 0) > facts.get("threads", 0) + 0.5
+
+
+def _number(value: float | None, digits: int) -> str:
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def _detail(rows: Sequence[Row]) -> list[list[str]]:
+    """One line per group, for groups of one kind and mode."""
+    baselines = [name for name in ("plain", "two_convolutions") if any(name in row.seconds for row in rows)]
+    with_bytes = any(row.bytes for row in rows)
+    table = [["shape", *baselines, "ours", *(f"{name}/ours" for name in baselines)]]
+    table[0] += ["GB/s ours"] if with_bytes else []
+    for row in rows:
+        cells = [row.shape]
+        for name in (*baselines, "ours"):
+            seconds = row.seconds.get(name)
+            cells.append(_number(None if seconds is None else seconds * 1e3, 3))
+        cells += [_number(row.ratio(name), 2) for name in baselines]
+        if with_bytes:
+            ours = row.seconds.get("ours")
+            cells.append(_number(row.bytes / ours * 1e-9 if ours and row.bytes else None, 1))
+        table.append(cells)
+    return table
+
+
+def _means(rows: Sequence[Row]) -> list[list[str]]:
+    """Geometric means over groups of one kind and mode; each distinct shape counts once."""
+    subsets = {"all": list(rows)}
+    if rows[0].kind != "training step":  # where the networks are the rows themselves
+        names = sorted({network for row in rows for network in row.networks})
+        per_network = {name: [row for row in rows if name in row.networks] for name in names}
+        subsets = {
+            **per_network,
+            **{f"all {case}": [row for row in rows if row.case == case] for case in CASES},
+            **subsets,
+        }
+    baselines = [name for name in ("plain", "two_convolutions") if any(name in row.seconds for row in rows)]
+    table = [["geometric mean", "shapes", *(f"{name}/ours" for name in baselines)]]
+    has_depthwise = any(row.case == "depthwise" for row in rows)
+    table[0] += [f"{name}/ours, depthwise" for name in baselines if has_depthwise]
+    for name, subset in subsets.items():
+        if not subset:
+            continue
+        depthwise = [row for row in subset if row.case == "depthwise"]
+        cells = [name, str(len(subset))]
+        for chosen in (subset, depthwise) if has_depthwise else (subset,):
+            cells += [_number(geometric_mean(row.ratio(baseline) for row in chosen), 2) for baseline in baselines]
+        table.append(cells)
+    return table
+
+
+def _format(table: list[list[str]], markdown: bool) -> list[str]:
+    """The first column to the left, figures to the right."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = []
+    for row in table:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells))
+    if markdown:
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        lines.insert(1, f"| {' | '.join(rule)} |")
+    else:
+        lines.insert(1, "-" * len(lines[0]))
+    return lines
+
+
+def report(run: dict[str, Any], markdown: bool = False) -> str:
+    """All tables of one run: details first, geometric means last, where a terminal shows them."""
+    rows = read_rows(run)
+    heading = "## " if markdown else "== "
+    lines = [f"- {line}" for line in _header(run)] if markdown else _header(run)
+    lines += ["", LEGEND if markdown else textwrap.fill(LEGEND, 118)]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (KINDS.index(row.kind), row.mode)):
+        groups.setdefault((row.kind, row.mode), []).append(row)
+    for (kind, mode), members in groups.items():
+        lines += ["", f"{heading}{kind}, {mode}", "", *_format(_detail(members), markdown)]
+    for (kind, mode), members in groups.items():
+        if len(members) > 1:
+            lines += ["", f"{heading}Means of {kind}, {mode}", "", *_format(_means(members), markdown)]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Ratios measured in one run.")
+    parser.add_argument("file", type=Path, help="written by pytest --benchmark-json")
+    parser.add_argument("--markdown", action="store_true")
+    options = parser.parse_args(arguments)
+    run = json.loads(options.file.read_text())
+    if not run["benchmarks"]:
+        print(f"{options.file} holds no measurements", file=sys.stderr)
+        return 1
+    print(report(run, options.markdown))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
