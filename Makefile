@@ -13,7 +13,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=benchmarks/.last.json -q
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=benchmarks/.last.json --benchmark-quiet -q
 	$(BIN)/python -m benchmarks.report benchmarks/.last.json
 
 lint: $(VENV)/.installed

@@ -70,9 +70,9 @@ def test_info_shows_the_backend_asked_for(capsys: pytest.CaptureFixture) -> None
         ([*DEPTHWISE, "--channels-last"], "input is channels_last, the kernel covers NCHW"),
         ([*DEPTHWISE[:-1], "8,8,3,3"], "groups (=1) differs from in_channels (=8), the kernel is depthwise"),
         ([*DEPTHWISE, "--stride", "2"], "covers it, but auto leaves it: output rows of 5"),
-        ([*REFOCUS[:-1], "8,4,5,5", "--groups", "1"], "covers it, but auto leaves it: 5x5 kernels in groups of 1"),
+        ([*REFOCUS[:-1], "8,4,5,5", "--groups", "1"], "covers it, but auto leaves it: refocus groups of 1 kernels"),
         (REFOCUS, None),
-        ([*REFOCUS[:-1], "8,4,3,3", "--groups", "2"], None),
+        ([*REFOCUS[:-1], "16,2,3,3", "--groups", "8"], None),
         ([*REFOCUS, "--dtype", "complex64"], "basis has dtype torch.complex64"),
     ],
 )

@@ -334,8 +334,8 @@ def test_auto_leaves_to_pytorch_what_pytorch_does_faster() -> None:
     assert ops.choose("depthwise_conv2d", *depthwise(7, 3)) == "reference"
     assert ops.choose("depthwise_conv2d", *depthwise(8, 3)) == "cpu"
     assert ops.choose("depthwise_conv2d", *depthwise(7, 5)) == "cpu"
-    assert ops.choose("refocus_weight", torch.empty(8, 4, 5, 5), torch.empty(32, 1, 3, 3)) == "reference"
-    assert ops.choose("refocus_weight", torch.empty(8, 4, 3, 3), torch.empty(32, 1, 3, 3)) == "cpu"
+    assert ops.choose("refocus_weight", torch.empty(8, 4, 3, 3), torch.empty(32, 1, 3, 3)) == "reference"
+    assert ops.choose("refocus_weight", torch.empty(8, 1, 3, 3), torch.empty(8, 8, 3, 3)) == "cpu"
     assert ops.choose("refocus_weight", torch.empty(8, 1, 5, 5), torch.empty(8, 8, 3, 3)) == "cpu"
     with use_backend("cpu"):
         assert ops.choose("depthwise_conv2d", *depthwise(7, 3)) == "cpu"  # asked for by name

@@ -72,7 +72,11 @@ void copy_in(const Plane& plane, const T* source, int64_t in_h, int64_t in_w, in
       const T* from = source + (r - pad_h) * in_w + range.first_source;
       T* to = scratch + (r * plane.stride_w + phase) * plane.pitch + range.begin;
       if (plane.stride_w > 1) {
-        for (int64_t c = 0; c < count; ++c) to[c] = from[c * plane.stride_w];
+        int64_t c = 0;
+        for (; plane.stride_w == 2 && c + kLanes<T> <= count && from + 2 * (c + kLanes<T>) <= end; c += kLanes<T>) {
+          store(to + c, evens<T>(load(from + 2 * c), load(from + 2 * c + kLanes<T>)));
+        }
+        for (; c < count; ++c) to[c] = from[c * plane.stride_w];
         continue;
       }
       int64_t c = 0;
@@ -82,20 +86,32 @@ void copy_in(const Plane& plane, const T* source, int64_t in_h, int64_t in_w, in
   }
 }
 
-// The reverse, after scattering gradients into the scratch.
+// The reverse, after scattering gradients into the scratch. Pixels that no window touches become zero.
 template <typename T>
 void copy_out(const Plane& plane, const T* scratch, int64_t in_h, int64_t in_w, int64_t pad_h, int64_t pad_w,
               T* target) {
-  __builtin_memset(target, 0, static_cast<size_t>(in_h * in_w) * sizeof(T));  // pixels that no window touches
-  for (int64_t phase = 0; phase < plane.stride_w; ++phase) {
-    const PhaseRange range = phase_range(plane, in_w, pad_w, phase);
-    for (int64_t r = 0; r < plane.rows; ++r) {
-      const int64_t row = r - pad_h;
-      if (row < 0 || row >= in_h) continue;
-      const T* from = scratch + (r * plane.stride_w + phase) * plane.pitch + range.begin;
-      T* to = target + row * in_w + range.first_source;
-      for (int64_t c = 0; c < range.end - range.begin; ++c) to[c * plane.stride_w] = from[c];
+  const int64_t s = plane.stride_w;
+  const int64_t known = plane.columns - pad_w < in_w ? plane.columns - pad_w : in_w;  // columns inside the scratch
+  for (int64_t row = 0; row < in_h; ++row) {
+    T* to = target + row * in_w;
+    const int64_t r = row + pad_h;
+    int64_t w = 0;
+    if (r < plane.rows) {
+      const T* from = scratch + r * plane.row_pitch();
+      const auto at = [&](int64_t column) { return from[(column + pad_w) % s * plane.pitch + (column + pad_w) / s]; };
+      if (s == 2) {
+        const int64_t first = pad_w % 2, half = (pad_w + 1) / 2;  // column `first` is the first of phase 0
+        if (first == 1 && known > 0) to[w++] = at(0);
+        for (int64_t c = half; w + 2 * kLanes<T> <= known; c += kLanes<T>, w += 2 * kLanes<T>) {
+          Vec<T> low, high;
+          interleave<T>(load(from + c), load(from + plane.pitch + c), &low, &high);
+          store(to + w, low);
+          store(to + w + kLanes<T>, high);
+        }
+      }
+      for (; w < known; ++w) to[w] = at(w);
     }
+    for (; w < in_w; ++w) to[w] = T(0);
   }
 }
 

@@ -67,6 +67,27 @@ inline Vec<T> keep(Vec<T> v, int64_t count) {
   return lane < broadcast(static_cast<T>(count)) ? v : Vec<T>{};
 }
 
+// Every second lane of the 2 * kLanes elements in a, b. The compiler makes permutations of it.
+template <typename T>
+inline Vec<T> evens(Vec<T> a, Vec<T> b) {
+  constexpr int64_t n = kLanes<T>;
+  Vec<T> v;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < n; ++i) v[i] = 2 * i < n ? a[(2 * i) % n] : b[(2 * i) % n];
+  return v;
+}
+
+// The two vectors that interleave a and b: a0 b0 a1 b1 ...
+template <typename T>
+inline void interleave(Vec<T> a, Vec<T> b, Vec<T>* low, Vec<T>* high) {
+  constexpr int64_t n = kLanes<T>;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < n; ++i) {
+    (*low)[i] = i % 2 == 0 ? a[i / 2] : b[i / 2];
+    (*high)[i] = i % 2 == 0 ? a[n / 2 + i / 2] : b[n / 2 + i / 2];
+  }
+}
+
 // The `count` elements at `from`, zero in the lanes beyond; nothing at or after `end` is read.
 template <typename T>
 inline Vec<T> load_tail(const T* from, int64_t count, const T* end) {

@@ -53,8 +53,8 @@ def refocus_weight_limits(basis: Tensor, refocus: Tensor) -> str | None:
 
 def refocus_weight_slower(basis: Tensor, refocus: Tensor) -> str | None:
     """Why ``"auto"`` leaves this problem to PyTorch (``docs/performance.md``); None when it does not."""
-    if refocus[0].numel() < _WIDE_ROW and tuple(basis.shape[2:]) != (3, 3):
-        return f"{basis.shape[2]}x{basis.shape[3]} kernels in groups of {refocus.shape[1]}: PyTorch's is faster"
+    if refocus[0].numel() < _WIDE_ROW:
+        return f"refocus groups of {refocus.shape[1]} kernels: PyTorch's is faster"
     return None
 
 
