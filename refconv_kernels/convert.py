@@ -51,7 +51,7 @@ def refocus(
         >>> [type(layer).__name__ for layer in model]
         ['RefConv2d', 'ReLU', 'Conv2d']
     """
-    _check_module(model)
+    check_module(model)
     transform = options.pop("transform", None)
     if isinstance(transform, nn.Module) or not (transform is None or callable(transform)):
         raise TypeError(
@@ -97,7 +97,7 @@ def reparameterize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         >>> list(reparameterize(refocus(plain)).state_dict()) == list(plain.state_dict())
         True
     """
-    _check_module(model)
+    check_module(model)
     model = model if inplace else copy.deepcopy(model)
     return _replace(model, {m: m.fuse() for m in model.modules() if isinstance(m, RefConv2d)})
 
@@ -147,6 +147,6 @@ def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
     return new.get(model, model)
 
 
-def _check_module(model: object) -> None:
+def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model (={type(model).__name__}) must be a torch.nn.Module")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from refconv_kernels.convert import reparameterize, skip_reasons
+from refconv_kernels.convert import check_module, reparameterize, skip_reasons
 from refconv_kernels.modules import RefConv2d
 from refconv_kernels.ops import use_backend
 from refconv_kernels.transforms import RefocusingTransformation
@@ -88,10 +88,14 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Summar
     Returns:
         A :class:`Summary`; ``print(summary(model))`` shows it as a table, with what was left alone and why.
 
+    Raises:
+        TypeError: ``model`` is not a module.
+
     Example:
         >>> summary(refocus(nn.Conv2d(8, 8, 3, groups=8, bias=False))).training_parameters
         576
     """
+    check_module(model)
     refocused = {name: m for name, m in model.named_modules() if isinstance(m, RefConv2d)}
     layers = tuple(_layer(name, layer) for name, layer in refocused.items())
     sizes = [t.map_size for m in refocused.values() if isinstance(t := m.transform, RefocusingTransformation)]

@@ -219,7 +219,7 @@ def test_a_bad_option_leaves_the_model_unchanged(options: dict[str, Any], error:
     assert str(model) == str(before)
 
 
-@pytest.mark.parametrize("function", [refocus, reparameterize])
+@pytest.mark.parametrize("function", [refocus, reparameterize, summary])
 def test_not_a_module(function: Any) -> None:
     with pytest.raises(TypeError, match=r"model \(=int\) must be a torch.nn.Module"):
         function(3)
