@@ -213,7 +213,8 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
     """The type that autocast wants for a convolution on ``device``; None where it is off."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Not torch.amp.is_autocast_available(), which the compiler of torch 2.11 cannot trace; meta has no autocast.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
