@@ -1,5 +1,5 @@
 // The kernels of one instruction set: declared here, defined in depthwise.cpp and refocus.cpp, collected
-// into a Kernels table by table.cpp. All four files are compiled once per instruction set.
+// into a Kernels table by table.cpp. All three are compiled once per instruction set.
 #pragma once
 
 #include "kernels.h"
