@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "problem.h"
 
 namespace {
@@ -52,11 +53,34 @@ void parallel(int64_t tasks, int64_t work_per_task, const Kernel& kernel) {
   if (error) std::rethrow_exception(error);
 }
 
+// A type as a value, for generic lambdas.
+template <typename T>
+struct Type {
+  using type = T;
+};
+
 template <typename Body>
 void for_dtype(const Tensor& tensor, const Body& body) {
-  if (tensor.scalar_type() == ScalarType::Float) return body(float{});
+  if (tensor.scalar_type() == ScalarType::Float) return body(Type<float>{});
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double, "dtype must be float32 or float64");
-  body(double{});
+  body(Type<double>{});
+}
+
+template <typename Body>
+void for_storage_dtype(const Tensor& tensor, const Body& body) {
+  if (tensor.scalar_type() == ScalarType::BFloat16) return body(Type<refconv::BFloat16>{});
+  if (tensor.scalar_type() == ScalarType::Half) return body(Type<refconv::Half>{});
+  for_dtype(tensor, body);
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
 }
 
 void check_like(const Tensor& tensor, const Tensor& like, int64_t dim) {
@@ -64,14 +88,24 @@ void check_like(const Tensor& tensor, const Tensor& like, int64_t dim) {
                   "all tensors must be on the CPU, of one dtype, and of the documented number of dimensions");
 }
 
-template <typename T>
-const T* optional_data(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
+template <typename S>
+const refconv::cpu::DepthwiseKernels<S>& depthwise_kernels(const DepthwiseProblem& p) {
+  // Both directions by the width of the output: which one is wider does not matter to the choice.
+  return refconv::cpu::instruction_set_for_rows(p.out_w, sizeof(refconv::Compute<S>)).kernels.depthwise<S>();
 }
 
 template <typename T>
-const refconv::cpu::Kernels<T>& kernels_for_rows(int64_t width) {
-  return refconv::cpu::kernels_of<T>(refconv::cpu::instruction_set_for_rows(width, sizeof(T)));
+const refconv::cpu::RefocusKernels<T>& refocus_kernels() {
+  return refconv::cpu::instruction_set().kernels.refocus<T>();
+}
+
+Ints sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+// An uninitialised tensor with the dtype of `like`.
+Tensor output(const Tensor& like, const Ints& sizes) {
+  const Tensor tensor = torch::stable::new_empty(like, sizes);
+  refconv::cpu::prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
 }
 
 DepthwiseProblem depthwise_problem(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
@@ -111,14 +145,12 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, const std::op
     STD_TORCH_CHECK(bias->size(0) == p.out_channels(), "bias must have one element per output channel");
     b = torch::stable::contiguous(*bias);
   }
-  const Tensor y = torch::stable::new_empty(input, {p.batch, p.out_channels(), p.out_h, p.out_w});
-  for_dtype(input, [&](auto zero) {
-    using T = decltype(zero);
-    const auto kernel = kernels_for_rows<T>(p.out_w).depthwise_forward;
-    const T* x_data = x.template const_data_ptr<T>();
-    const T* w_data = w.template const_data_ptr<T>();
-    const T* b_data = optional_data<T>(b);
-    T* y_data = y.template mutable_data_ptr<T>();
+  const Tensor y = output(input, {p.batch, p.out_channels(), p.out_h, p.out_w});
+  for_storage_dtype(input, [&](auto type) {
+    using S = typename decltype(type)::type;
+    const auto kernel = depthwise_kernels<S>(p).forward;
+    const S *x_data = data<S>(x), *w_data = data<S>(w), *b_data = b.has_value() ? data<S>(*b) : nullptr;
+    S* y_data = mutable_data<S>(y);
     parallel(p.batch * p.out_channels(), p.out_h * p.out_w * p.taps(),
              [&](int64_t begin, int64_t end) { kernel(p, x_data, w_data, b_data, y_data, begin, end); });
   });
@@ -138,21 +170,16 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad_
   const Tensor dy = torch::stable::contiguous(grad_output);
   const Tensor x = torch::stable::contiguous(input);
   const Tensor w = torch::stable::contiguous(weight);
-  const auto output = [&](bool wanted, const Tensor& like) {
-    return wanted ? torch::stable::new_empty(like, like.sizes()) : torch::stable::new_empty(like, {0});
-  };
-  const Tensor grad_input = output(need_input, x);
-  const Tensor grad_weight = output(need_weight, w);
-  const Tensor grad_bias = torch::stable::new_empty(weight, {need_bias ? p.out_channels() : 0});
-  for_dtype(input, [&](auto zero) {
-    using T = decltype(zero);
-    const auto kernel = kernels_for_rows<T>(p.out_w).depthwise_backward;
-    const T* dy_data = dy.template const_data_ptr<T>();
-    const T* x_data = x.template const_data_ptr<T>();
-    const T* w_data = w.template const_data_ptr<T>();
-    T* grad_input_data = need_input ? grad_input.template mutable_data_ptr<T>() : nullptr;
-    T* grad_weight_data = need_weight ? grad_weight.template mutable_data_ptr<T>() : nullptr;
-    T* grad_bias_data = need_bias ? grad_bias.template mutable_data_ptr<T>() : nullptr;
+  const Tensor grad_input = output(x, need_input ? sizes_of(x) : Ints{0});
+  const Tensor grad_weight = output(w, need_weight ? sizes_of(w) : Ints{0});
+  const Tensor grad_bias = output(w, {need_bias ? p.out_channels() : 0});
+  for_storage_dtype(input, [&](auto type) {
+    using S = typename decltype(type)::type;
+    const auto kernel = depthwise_kernels<S>(p).backward;
+    const S *dy_data = data<S>(dy), *x_data = data<S>(x), *w_data = data<S>(w);
+    S* grad_input_data = need_input ? mutable_data<S>(grad_input) : nullptr;
+    S* grad_weight_data = need_weight ? mutable_data<S>(grad_weight) : nullptr;
+    S* grad_bias_data = need_bias ? mutable_data<S>(grad_bias) : nullptr;
     const int64_t work = 2 * p.batch * p.multiplier * p.out_h * p.out_w * p.taps();
     parallel(p.channels, work, [&](int64_t begin, int64_t end) {
       kernel(p, dy_data, x_data, w_data, grad_input_data, grad_weight_data, grad_bias_data, begin, end);
@@ -181,13 +208,13 @@ Tensor refocus_weight(const Tensor& basis, const Tensor& refocus, bool identity)
                   "refocus must be [kernels, group_size, map_size, map_size]");
   const Tensor b = torch::stable::contiguous(basis);
   const Tensor r = torch::stable::contiguous(refocus);
-  const Tensor transformed = torch::stable::new_empty(b, b.sizes());
-  for_dtype(basis, [&](auto zero) {
-    using T = decltype(zero);
-    const auto kernel = refconv::cpu::kernels_of<T>(refconv::cpu::instruction_set()).refocus_forward;
-    const T* b_data = b.template const_data_ptr<T>();
-    const T* r_data = r.template const_data_ptr<T>();
-    T* t_data = transformed.template mutable_data_ptr<T>();
+  const Tensor transformed = output(b, sizes_of(b));
+  for_dtype(basis, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto kernel = refocus_kernels<T>().forward;
+    const T* b_data = data<T>(b);
+    const T* r_data = data<T>(r);
+    T* t_data = mutable_data<T>(transformed);
     parallel(p.kernels, p.row_length() * p.kernel_size(),
              [&](int64_t begin, int64_t end) { kernel(p, b_data, r_data, t_data, begin, end); });
   });
@@ -201,13 +228,13 @@ Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& bas
   STD_TORCH_CHECK(grad_transformed.numel() == basis.numel(), "grad_transformed must have the shape of basis");
   const Tensor g = torch::stable::contiguous(grad_transformed);
   const Tensor b = torch::stable::contiguous(basis);
-  const Tensor grad_refocus = torch::stable::new_empty(b, {p.kernels, group_size, map_size, map_size});
-  for_dtype(basis, [&](auto zero) {
-    using T = decltype(zero);
-    const auto kernel = refconv::cpu::kernels_of<T>(refconv::cpu::instruction_set()).refocus_backward;
-    const T* g_data = g.template const_data_ptr<T>();
-    const T* b_data = b.template const_data_ptr<T>();
-    T* r_data = grad_refocus.template mutable_data_ptr<T>();
+  const Tensor grad_refocus = output(b, {p.kernels, group_size, map_size, map_size});
+  for_dtype(basis, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto kernel = refocus_kernels<T>().backward;
+    const T* g_data = data<T>(g);
+    const T* b_data = data<T>(b);
+    T* r_data = mutable_data<T>(grad_refocus);
     parallel(p.kernels, p.row_length() * p.kernel_size(),
              [&](int64_t begin, int64_t end) { kernel(p, g_data, b_data, r_data, begin, end); });
   });

@@ -6,10 +6,11 @@
 
 namespace refconv {
 
-// Depthwise convolution, all tensors dense NCHW, weight [channels * multiplier, 1, kernel_h, kernel_w]:
+// Depthwise convolution, weight [channels * multiplier, 1, kernel_h, kernel_w], in NCHW index order:
 //   y[n, co, i, j] = bias[co]
 //     + sum_{a,b} w[co, a, b] * x[n, co / multiplier, i * stride_h - pad_h + a * dilation_h,
 //                                                     j * stride_w - pad_w + b * dilation_w]
+// Feature maps are dense, in NCHW or, where an entry point says so, in NHWC (channels_last) memory order.
 struct DepthwiseProblem {
   int64_t batch;
   int64_t channels;    // input channels
@@ -23,6 +24,8 @@ struct DepthwiseProblem {
 
   int64_t out_channels() const { return channels * multiplier; }
   int64_t taps() const { return kernel_h * kernel_w; }
+  int64_t in_size() const { return in_h * in_w; }
+  int64_t out_size() const { return out_h * out_w; }
 };
 
 // The Refocusing Transformation (Eq. 1 and 2 of the paper). `kernels` 2-D kernels in row-major (out, in)
@@ -41,5 +44,29 @@ struct RefocusProblem {
   int64_t map_taps() const { return map_size * map_size; }
   int64_t row_length() const { return group_size * map_taps(); }  // entries of W_r per kernel
 };
+
+// Element types that are stored in 16 bits and computed with in float.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <typename S>
+struct ComputeOf {
+  using type = S;
+};
+template <>
+struct ComputeOf<BFloat16> {
+  using type = float;
+};
+template <>
+struct ComputeOf<Half> {
+  using type = float;
+};
+// The type that elements of type S are computed with.
+template <typename S>
+using Compute = typename ComputeOf<S>::type;
 
 }  // namespace refconv

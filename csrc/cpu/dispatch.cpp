@@ -6,32 +6,37 @@
 
 namespace refconv::cpu {
 
-#define REFCONV_DECLARE_ISA(isa)            \
-  namespace isa {                           \
-  extern const Kernels<float> kernels_f32;  \
-  extern const Kernels<double> kernels_f64; \
+#define REFCONV_DECLARE_ISA(isa)  \
+  namespace isa {                 \
+  extern const Kernels kernels;   \
   }
 
 REFCONV_DECLARE_ISA(portable)
 #ifdef REFCONV_X86
 REFCONV_DECLARE_ISA(avx2)
 REFCONV_DECLARE_ISA(avx512)
+REFCONV_DECLARE_ISA(avx512vl)
 #endif
 
 namespace {
 
+#ifdef REFCONV_X86
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+}
+#endif
+
 const InstructionSet kInstructionSets[] = {
 #ifdef REFCONV_X86
-    {"avx512", 64,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-     },
-     avx512::kernels_f32, avx512::kernels_f64},
-    {"avx2", 32, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::kernels_f32,
-     avx2::kernels_f64},
+    {"avx512", 64, runs_avx512, avx512::kernels},
+    // Half the width with the same 32 registers and masks: for rows that would leave lanes of the above idle.
+    {"avx512vl", 32, runs_avx512, avx512vl::kernels},
+    {"avx2", 32,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
+     avx2::kernels},
 #endif
-    {"portable", 16, [] { return true; }, portable::kernels_f32, portable::kernels_f64},
+    {"portable", 16, [] { return true; }, portable::kernels},
 };
 
 const InstructionSet* find(const std::string& name) {
@@ -88,16 +93,6 @@ const InstructionSet& instruction_set_for_rows(int64_t width, int64_t element_by
     if (fused && padded(*set) < padded(*best)) best = set;
   }
   return *best;
-}
-
-template <>
-const Kernels<float>& kernels_of<float>(const InstructionSet& set) {
-  return set.f32;
-}
-
-template <>
-const Kernels<double>& kernels_of<double>(const InstructionSet& set) {
-  return set.f64;
 }
 
 }  // namespace refconv::cpu

@@ -1,18 +1,18 @@
-// The kernels of one instruction set: declared here, defined in depthwise.cpp and refocus.cpp, collected
-// into a Kernels table by table.cpp. All three are compiled once per instruction set.
+// The kernels of one instruction set: declared here, defined in depthwise_*.cpp and refocus.cpp, collected
+// into a Kernels table by table.cpp. All are compiled once per instruction set.
 #pragma once
 
 #include "kernels.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 
-template <typename T>
-void depthwise_forward(const DepthwiseProblem& p, const T* x, const T* weight, const T* bias, T* y, int64_t begin,
+template <typename S>
+void depthwise_forward(const DepthwiseProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                        int64_t end);
 
-template <typename T>
-void depthwise_backward(const DepthwiseProblem& p, const T* grad_y, const T* x, const T* weight, T* grad_x,
-                        T* grad_weight, T* grad_bias, int64_t begin, int64_t end);
+template <typename S>
+void depthwise_backward(const DepthwiseProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x,
+                        S* grad_weight, S* grad_bias, int64_t begin, int64_t end);
 
 template <typename T>
 void refocus_forward(const RefocusProblem& p, const T* basis, const T* refocus, T* transformed, int64_t begin,
@@ -22,9 +22,11 @@ template <typename T>
 void refocus_backward(const RefocusProblem& p, const T* grad_transformed, const T* basis, T* grad_refocus,
                       int64_t begin, int64_t end);
 
-#define REFCONV_INSTANTIATE_DEPTHWISE(T)                                                                           \
-  template void depthwise_forward<T>(const DepthwiseProblem&, const T*, const T*, const T*, T*, int64_t, int64_t); \
-  template void depthwise_backward<T>(const DepthwiseProblem&, const T*, const T*, const T*, T*, T*, T*, int64_t,  \
+#define REFCONV_INSTANTIATE_DEPTHWISE_FORWARD(S) \
+  template void depthwise_forward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);
+
+#define REFCONV_INSTANTIATE_DEPTHWISE_BACKWARD(S)                                                                 \
+  template void depthwise_backward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, S*, S*, int64_t, \
                                       int64_t);
 
 #define REFCONV_INSTANTIATE_REFOCUS(T)                                                               \

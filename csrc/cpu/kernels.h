@@ -1,7 +1,7 @@
 // Entry points of the CPU kernels, and the choice of instruction set at run time.
 //
-// depthwise.cpp and refocus.cpp are compiled once per instruction set (see CMakeLists.txt); each copy
-// fills one table of function pointers. An entry point works on a range [begin, end) of independent
+// The kernels are compiled once per instruction set (see CMakeLists.txt); each copy fills one table of function
+// pointers. An entry point works on a range [begin, end) of independent
 // tasks, so the caller decides how to spread them over threads; results do not depend on the split.
 #pragma once
 
@@ -13,27 +13,54 @@
 
 namespace refconv::cpu {
 
-template <typename T>
-struct Kernels {
+// S is the type that is stored: float, double, BFloat16 or Half; the last two are computed with in float.
+template <typename S>
+struct DepthwiseKernels {
   // Tasks: the batch * out_channels output planes. bias may be null.
-  void (*depthwise_forward)(const DepthwiseProblem&, const T* x, const T* weight, const T* bias, T* y, int64_t begin,
-                            int64_t end);
+  void (*forward)(const DepthwiseProblem&, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
+                  int64_t end);
   // Tasks: the input channels. Any of grad_x, grad_weight, grad_bias may be null.
-  void (*depthwise_backward)(const DepthwiseProblem&, const T* grad_y, const T* x, const T* weight, T* grad_x,
-                             T* grad_weight, T* grad_bias, int64_t begin, int64_t end);
-  // Tasks: the 2-D kernels.
-  void (*refocus_forward)(const RefocusProblem&, const T* basis, const T* refocus, T* transformed, int64_t begin,
-                          int64_t end);
-  void (*refocus_backward)(const RefocusProblem&, const T* grad_transformed, const T* basis, T* grad_refocus,
-                           int64_t begin, int64_t end);
+  void (*backward)(const DepthwiseProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
+                   S* grad_bias, int64_t begin, int64_t end);
 };
+
+template <typename T>
+struct RefocusKernels {
+  // Tasks: the 2-D kernels.
+  void (*forward)(const RefocusProblem&, const T* basis, const T* refocus, T* transformed, int64_t begin,
+                  int64_t end);
+  void (*backward)(const RefocusProblem&, const T* grad_transformed, const T* basis, T* grad_refocus, int64_t begin,
+                   int64_t end);
+};
+
+struct Kernels {
+  DepthwiseKernels<float> depthwise_f32;
+  DepthwiseKernels<double> depthwise_f64;
+  DepthwiseKernels<BFloat16> depthwise_bf16;
+  DepthwiseKernels<Half> depthwise_f16;
+  RefocusKernels<float> refocus_f32;
+  RefocusKernels<double> refocus_f64;
+
+  template <typename S>
+  const DepthwiseKernels<S>& depthwise() const;
+  template <typename T>
+  const RefocusKernels<T>& refocus() const;
+};
+
+// clang-format off
+template <> inline const DepthwiseKernels<float>& Kernels::depthwise() const { return depthwise_f32; }
+template <> inline const DepthwiseKernels<double>& Kernels::depthwise() const { return depthwise_f64; }
+template <> inline const DepthwiseKernels<BFloat16>& Kernels::depthwise() const { return depthwise_bf16; }
+template <> inline const DepthwiseKernels<Half>& Kernels::depthwise() const { return depthwise_f16; }
+template <> inline const RefocusKernels<float>& Kernels::refocus() const { return refocus_f32; }
+template <> inline const RefocusKernels<double>& Kernels::refocus() const { return refocus_f64; }
+// clang-format on
 
 struct InstructionSet {
   const char* name;
   int64_t vector_bytes;
   bool (*runs_here)();
-  const Kernels<float>& f32;
-  const Kernels<double>& f64;
+  const Kernels& kernels;
 };
 
 // Every instruction set compiled in that this machine runs, best first; "portable" is always last.
@@ -47,8 +74,5 @@ void set_instruction_set(const std::string& name);
 // For rows of `width` elements of `element_bytes`: unless one was named, the one whose vectors they fill best,
 // the wider of equals. Rows of 7 floats fill 7 of 8 lanes with AVX2, 7 of 16 with AVX-512.
 const InstructionSet& instruction_set_for_rows(int64_t width, int64_t element_bytes);
-
-template <typename T>
-const Kernels<T>& kernels_of(const InstructionSet& set);
 
 }  // namespace refconv::cpu

@@ -9,6 +9,7 @@
 // Wide groups (depthwise and groupwise bases) take the product with U^T, kept transposed so that W_r is
 // read in whole vectors. Narrow groups (dense bases) correlate each small kernel directly.
 #include "entry_points.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace refconv::cpu::REFCONV_ISA {

@@ -1,14 +1,19 @@
-// Vectors of the width of the instruction set being compiled for, and scratch memory.
+// Vectors of the width of the instruction set being compiled for.
 //
-// Written with the compiler's vector extension, which GCC and Clang lower to any target. Everything here
-// has internal linkage or lives in the instruction set's own namespace: a template instantiated with
-// AVX-512 flags must never be the copy that the linker keeps for a machine without it. For the same
-// reason the kernels call no inline functions of the standard library.
+// Written with the compiler's vector extension, which GCC and Clang lower to any target; intrinsics only where a
+// masked access or a conversion would otherwise go lane by lane. Everything here has internal linkage or lives in
+// the instruction set's own namespace: a template instantiated with AVX-512 flags must never be the copy that the
+// linker keeps for a machine without it. For the same reason the kernels call no inline functions of the standard
+// library (types of it are fine).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <new>
+#include <utility>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #ifndef REFCONV_ISA
 #error "REFCONV_ISA (namespace) and REFCONV_VECTOR_BYTES are set by CMakeLists.txt"
@@ -17,9 +22,25 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 16;
+#endif
+
 template <typename T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(REFCONV_VECTOR_BYTES)));
+struct VectorOf {};  // only the types below: for others the overloads for 16-bit elements are meant
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(REFCONV_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(REFCONV_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<uint32_t> {
+  typedef uint32_t type __attribute__((vector_size(REFCONV_VECTOR_BYTES)));
 };
 
 template <typename T>
@@ -28,29 +49,20 @@ using Vec = typename VectorOf<T>::type;
 template <typename T>
 constexpr int64_t kLanes = REFCONV_VECTOR_BYTES / static_cast<int64_t>(sizeof(T));
 
+// A vector at any address. Through it the compiler still knows the element type: a store to floats changes no integer.
+template <typename T>
+struct Unaligned {
+  typedef Vec<T> type __attribute__((aligned(sizeof(T))));
+};
+
 template <typename T>
 inline Vec<T> load(const T* from) {
-  Vec<T> v;
-  __builtin_memcpy(&v, from, sizeof(v));
-  return v;
-}
-
-// The first `count` lanes; zero in the others.
-template <typename T>
-inline Vec<T> load_partial(const T* from, int64_t count) {
-  Vec<T> v = {};
-  __builtin_memcpy(&v, from, static_cast<size_t>(count) * sizeof(T));
-  return v;
+  return *reinterpret_cast<const typename Unaligned<T>::type*>(from);
 }
 
 template <typename T>
 inline void store(T* to, Vec<T> v) {
-  __builtin_memcpy(to, &v, sizeof(v));
-}
-
-template <typename T>
-inline void store_partial(T* to, Vec<T> v, int64_t count) {
-  __builtin_memcpy(to, &v, static_cast<size_t>(count) * sizeof(T));
+  *reinterpret_cast<typename Unaligned<T>::type*>(to) = v;
 }
 
 template <typename T>
@@ -58,54 +70,238 @@ inline Vec<T> broadcast(T value) {
   return Vec<T>{} + value;
 }
 
-// `v` with the lanes from `count` on set to zero.
-template <typename T>
-inline Vec<T> keep(Vec<T> v, int64_t count) {
-  if (count >= kLanes<T>) return v;
-  Vec<T> lane;
-  for (int64_t i = 0; i < kLanes<T>; ++i) lane[i] = static_cast<T>(i);
-  return lane < broadcast(static_cast<T>(count)) ? v : Vec<T>{};
-}
-
-// Every second lane of the 2 * kLanes elements in a, b. The compiler makes permutations of it.
-template <typename T>
-inline Vec<T> evens(Vec<T> a, Vec<T> b) {
-  constexpr int64_t n = kLanes<T>;
-  Vec<T> v;
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < n; ++i) v[i] = 2 * i < n ? a[(2 * i) % n] : b[(2 * i) % n];
+// `v`, kept in a register: without this the compiler loads again for every use.
+template <typename V>
+inline V in_register(V v) {
+#ifdef __AVX512VL__
+  __asm__("" : "+v"(v));
+#elif defined(__SSE2__)
+  __asm__("" : "+x"(v));
+#endif
   return v;
 }
 
-// The two vectors that interleave a and b: a0 b0 a1 b1 ...
+// Asks for `count` elements to be in the second cache soon. Any address may be named.
+template <typename S>
+inline void prefetch(const S* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(from + i, 0, 2);
+}
+
+// --- the first `count` lanes, 0 < count < lanes; what lies beyond them in memory is not touched ---
+
+#ifdef __AVX512VL__
+inline unsigned first_lanes(int64_t count) { return (1u << count) - 1; }
+#endif
+
+// Zero in the other lanes.
 template <typename T>
-inline void interleave(Vec<T> a, Vec<T> b, Vec<T>* low, Vec<T>* high) {
-  constexpr int64_t n = kLanes<T>;
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < n; ++i) {
-    (*low)[i] = i % 2 == 0 ? a[i / 2] : b[i / 2];
-    (*high)[i] = i % 2 == 0 ? a[n / 2 + i / 2] : b[n / 2 + i / 2];
+inline Vec<T> load_partial(const T* from, int64_t count) {
+#ifdef __AVX512VL__
+  const unsigned mask = first_lanes(count);
+  if constexpr (sizeof(T) == 4 && REFCONV_VECTOR_BYTES == 64) {
+    return (Vec<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
+  } else if constexpr (sizeof(T) == 8 && REFCONV_VECTOR_BYTES == 64) {
+    return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from);
+  } else if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm256_maskz_loadu_ps(static_cast<__mmask8>(mask), from);
+  } else {
+    return (Vec<T>)_mm256_maskz_loadu_pd(static_cast<__mmask8>(mask), from);
+  }
+#else
+  Vec<T> v = {};
+  for (int64_t i = 0; i < kLanes<T> - 1; ++i) {
+    if (i < count) v[i] = from[i];
+  }
+  return v;
+#endif
+}
+
+template <typename T>
+inline void store_partial(T* to, Vec<T> v, int64_t count) {
+#ifdef __AVX512VL__
+  const unsigned mask = first_lanes(count);
+  if constexpr (sizeof(T) == 4 && REFCONV_VECTOR_BYTES == 64) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), (__m512)v);
+  } else if constexpr (sizeof(T) == 8 && REFCONV_VECTOR_BYTES == 64) {
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), (__m512d)v);
+  } else if constexpr (sizeof(T) == 4) {
+    _mm256_mask_storeu_ps(to, static_cast<__mmask8>(mask), (__m256)v);
+  } else {
+    _mm256_mask_storeu_pd(to, static_cast<__mmask8>(mask), (__m256d)v);
+  }
+#else
+  for (int64_t i = 0; i < kLanes<T> - 1; ++i) {
+    if (i < count) to[i] = v[i];
+  }
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512VL__)
+inline __m256i first_lanes_32(int64_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+}
+template <>
+inline Vec<float> load_partial<float>(const float* from, int64_t count) {
+  return (Vec<float>)_mm256_maskload_ps(from, first_lanes_32(count));
+}
+template <>
+inline void store_partial<float>(float* to, Vec<float> v, int64_t count) {
+  _mm256_maskstore_ps(to, first_lanes_32(count), (__m256)v);
+}
+#endif
+
+// --- elements stored in 16 bits ---
+
+typedef uint16_t Vec16 __attribute__((vector_size(REFCONV_VECTOR_BYTES / 2)));
+using VecBits = Vec<uint32_t>;
+
+inline Vec<float> widen(Vec16 v, const BFloat16*) { return (Vec<float>)(__builtin_convertvector(v, VecBits) << 16); }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline Vec16 narrow(Vec<float> v, const BFloat16*) {
+  const VecBits bits = (VecBits)v;
+  const VecBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, Vec16);
+}
+
+#if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
+inline Vec<float> widen(Vec16 v, const Half*) { return (Vec<float>)_mm512_cvtph_ps((__m256i)v); }
+inline Vec16 narrow(Vec<float> v, const Half*) {
+  return (Vec16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__F16C__)
+inline Vec<float> widen(Vec16 v, const Half*) { return (Vec<float>)_mm256_cvtph_ps((__m128i)v); }
+inline Vec16 narrow(Vec<float> v, const Half*) { return (Vec16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+inline Vec<float> widen(Vec16 v, const Half*) {
+  const VecBits half = __builtin_convertvector(v, VecBits), magnitude = half & 0x7fff;
+  // As the bits of a float, the magnitude is 2^112 too small, for subnormal numbers too.
+  const VecBits finite = (VecBits)((Vec<float>)(magnitude << 13) * 0x1p112f);
+  const VecBits other = (magnitude << 13) | 0x7f800000;
+  return (Vec<float>)((magnitude < 0x7c00 ? finite : other) | (half & 0x8000) << 16);
+}
+inline Vec16 narrow(Vec<float> v, const Half*) {
+  const VecBits bits = (VecBits)v, magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
+  const VecBits normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const VecBits subnormal = (VecBits)((Vec<float>)magnitude + 0.5f) - 0x3f000000;  // the addition rounds
+  const VecBits finite = magnitude < 0x38800000 ? subnormal : normal;
+  const VecBits beyond = v == v ? VecBits{} + 0x7c00 : VecBits{} + 0x7e00;
+  return __builtin_convertvector((magnitude < 0x47800000 ? finite : beyond) | sign, Vec16);
+}
+#endif
+
+inline Vec16 load_partial_16(const void* from, int64_t count) {
+#if defined(__AVX512VL__) && REFCONV_VECTOR_BYTES == 64
+  return (Vec16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_lanes(count)), from);
+#elif defined(__AVX512VL__)
+  return (Vec16)_mm_maskz_loadu_epi16(static_cast<__mmask8>(first_lanes(count)), from);
+#else
+  Vec16 v = {};
+  for (int64_t i = 0; i < kLanes<float> - 1; ++i) {
+    if (i < count) v[i] = static_cast<const uint16_t*>(from)[i];
+  }
+  return v;
+#endif
+}
+
+inline void store_partial_16(void* to, Vec16 v, int64_t count) {
+  for (int64_t i = 0; i < kLanes<float> - 1; ++i) {
+    if (i < count) static_cast<uint16_t*>(to)[i] = v[i];
   }
 }
 
-// The `count` elements at `from`, zero in the lanes beyond; nothing at or after `end` is read.
-template <typename T>
-inline Vec<T> load_tail(const T* from, int64_t count, const T* end) {
-  return end - from >= kLanes<T> ? keep<T>(load(from), count) : load_partial(from, count);
+#define REFCONV_16_BIT_ACCESS(S)                                           \
+  inline Vec<float> load(const S* from) {                                  \
+    Vec16 v;                                                               \
+    __builtin_memcpy(&v, from, sizeof(v));                                 \
+    return widen(v, from);                                                 \
+  }                                                                        \
+  inline Vec<float> load_partial(const S* from, int64_t count) {           \
+    return widen(load_partial_16(from, count), from);                      \
+  }                                                                        \
+  inline void store(S* to, Vec<float> v) {                                 \
+    const Vec16 narrowed = narrow(v, to);                                  \
+    __builtin_memcpy(to, &narrowed, sizeof(narrowed));                     \
+  }                                                                        \
+  inline void store_partial(S* to, Vec<float> v, int64_t count) {          \
+    store_partial_16(to, narrow(v, to), count);                            \
+  }
+REFCONV_16_BIT_ACCESS(BFloat16)
+REFCONV_16_BIT_ACCESS(Half)
+#undef REFCONV_16_BIT_ACCESS
+
+// --- any number of lanes up to all ---
+
+template <typename S>
+inline Vec<Compute<S>> load_lanes(const S* from, int64_t count) {
+  return count >= kLanes<Compute<S>> ? load(from) : load_partial(from, count);
 }
 
-// total[lane] += v[lane], in double: the caller adds many vectors and then their lanes.
-template <typename T>
-inline void add_lanes(Vec<T> v, double* total) {
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) total[lane] += static_cast<double>(v[lane]);
+template <typename S>
+inline void store_lanes(S* to, Vec<Compute<S>> v, int64_t count) {
+  if (count >= kLanes<Compute<S>>) {
+    store(to, v);
+  } else {
+    store_partial(to, v, count);
+  }
 }
 
-template <typename T>
-inline double sum_lanes(const double* total) {
-  double sum = 0;
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) sum += total[lane];
-  return sum;
+// The first `count` lanes, and as much of the others as fits before `end`: for rows whose surplus is overwritten by
+// what is stored later. Masked stores are slow on some processors.
+template <typename S>
+inline void store_ahead(S* to, Vec<Compute<S>> v, int64_t count, const S* end) {
+  if (end - to >= kLanes<Compute<S>>) {
+    store(to, v);
+  } else {
+    store_lanes(to, v, count);
+  }
 }
+
+template <typename S>
+inline Compute<S> load_one(const S* from) {
+  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
+    return *from;
+  } else {
+    return load_partial(from, 1)[0];
+  }
+}
+
+template <typename S>
+inline void store_one(S* to, Compute<S> value) {
+  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
+    *to = value;
+  } else {
+    store_partial(to, broadcast(value), 1);
+  }
+}
+
+// --- between lanes ---
+
+// Lane i of the result is lane f(i) of the 2 * kLanes elements in a, b; `Lane::of` computes f.
+template <typename T, typename Lane, int... I>
+inline Vec<T> permute(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, Lane::of(I, sizeof...(I))...);
+}
+
+template <typename T, typename Lane>
+inline Vec<T> permute(Vec<T> a, Vec<T> b) {
+  return permute<T, Lane>(a, b, std::make_integer_sequence<int, static_cast<int>(kLanes<T>)>{});
+}
+
+struct EvenLanes {
+  static constexpr int of(int i, int) { return 2 * i; }
+};
+struct OddLanes {
+  static constexpr int of(int i, int) { return 2 * i + 1; }
+};
+// The lower and the upper half of a0 b0 a1 b1 ...
+struct LowerInterleaved {
+  static constexpr int of(int i, int lanes) { return i / 2 + (i % 2) * lanes; }
+};
+struct UpperInterleaved {
+  static constexpr int of(int i, int lanes) { return lanes / 2 + i / 2 + (i % 2) * lanes; }
+};
 
 template <typename T>
 inline double sum(Vec<T> v) {
@@ -115,27 +311,9 @@ inline double sum(Vec<T> v) {
 }
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Zero-initialised, vector-aligned memory owned by one thread for one call.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t size) : size_(size), data_(static_cast<T*>(::operator new(bytes(), std::align_val_t{64}))) {
-    clear();
-  }
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  T* data() { return data_; }
-  const T* data() const { return data_; }
-  void clear() { __builtin_memset(data_, 0, bytes()); }
-
- private:
-  size_t bytes() const { return static_cast<size_t>(size_ > 0 ? size_ : 1) * sizeof(T); }
-  int64_t size_;
-  T* data_;
-};
+inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.float64)
+_REFOCUS_DTYPES = (torch.float32, torch.float64)
+_DEPTHWISE_DTYPES = (*_REFOCUS_DTYPES, torch.bfloat16, torch.float16)
 _WIDE_ROW = 64  # entries of W_r per 2-D kernel from which the kernel takes a matrix product (csrc/cpu/refocus.cpp)
 _SHORT_ROW = 8  # output columns below which most lanes of a vector idle
 
@@ -38,17 +39,18 @@ def unavailable() -> str | None:
     return f"the native library was not built: {reason}" if reason else f"the native library: {_import_error}"
 
 
-def _limits(tensor: Tensor, name: str) -> str | None:
+def _limits(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
     if tensor.device.type != "cpu":
         return f"{name} is on {tensor.device}, the kernel runs on cpu"
-    if tensor.dtype not in _DTYPES:
-        return f"{name} has dtype {tensor.dtype}, the kernel covers float32 and float64"
+    if tensor.dtype not in dtypes:
+        covered = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"{name} has dtype {tensor.dtype}, the kernel covers {covered}"
     return None
 
 
 def refocus_weight_limits(basis: Tensor, refocus: Tensor) -> str | None:
     """Why the ``refocus_weight`` kernel does not cover this problem; None when it does."""
-    return _limits(basis, "basis")
+    return _limits(basis, "basis", _REFOCUS_DTYPES)
 
 
 def refocus_weight_slower(basis: Tensor, refocus: Tensor) -> str | None:
@@ -64,7 +66,7 @@ def depthwise_conv2d_limits(input: Tensor, weight: Tensor, groups: int, out_widt
         return f"groups (={groups}) differs from in_channels (={input.shape[-3]}), the kernel is depthwise"
     if input.dim() == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
         return "input is channels_last, the kernel covers NCHW"
-    return _limits(input, "input")
+    return _limits(input, "input", _DEPTHWISE_DTYPES)
 
 
 def depthwise_conv2d_slower(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:

@@ -15,7 +15,9 @@
 
 namespace {
 
+using refconv::BFloat16;
 using refconv::DepthwiseProblem;
+using refconv::Half;
 using refconv::RefocusProblem;
 
 int failures = 0;
@@ -26,30 +28,75 @@ using Buffer = std::unique_ptr<T[]>;  // exact allocations: a std::vector may ro
 
 std::mt19937 generator(0);
 
+// What the kernels' element types hold, by their definition; `epsilon` is the distance from 1 to the next number.
+template <typename T>
+struct Element {
+  static constexpr const char* name = sizeof(T) == 4 ? " f32" : " f64";
+  static constexpr double epsilon = std::numeric_limits<T>::epsilon();
+  static double value(T x) { return x; }
+  static T nearest(double x) { return static_cast<T>(x); }
+};
+
+// A 16-bit type with `fraction` bits below the point and exponents from `smallest` on; all numbers here are normal.
+template <typename T, int fraction, int smallest>
+struct Element16 {
+  static constexpr double epsilon = 1.0 / (1 << fraction);
+  static double value(T x) {
+    const int exponent = (x.bits & 0x7fff) >> fraction, rest = x.bits & ((1 << fraction) - 1);
+    if (exponent == 0x7fff >> fraction) return rest != 0 ? std::nan("") : HUGE_VAL;
+    const double magnitude = exponent == 0 ? std::ldexp(rest * epsilon, smallest)
+                                           : std::ldexp(1 + rest * epsilon, exponent - 1 + smallest);
+    return x.bits & 0x8000 ? -magnitude : magnitude;
+  }
+  static T nearest(double x) {
+    if (std::isnan(x)) return T{0x7fff};
+    int exponent = 0;
+    const double mantissa = std::frexp(std::fabs(x), &exponent);
+    const int stored = exponent - smallest;
+    const double bits = stored < 1 ? 0 : std::nearbyint((2 * mantissa - 1 + stored) / epsilon);
+    return T{static_cast<uint16_t>(static_cast<int>(bits) | (x < 0 ? 0x8000 : 0))};
+  }
+};
+
+template <>
+struct Element<BFloat16> : Element16<BFloat16, 7, -126> {
+  static constexpr const char* name = " bf16";
+};
+template <>
+struct Element<Half> : Element16<Half, 10, -14> {
+  static constexpr const char* name = " f16";
+};
+
+template <typename T>
+double value(T x) {
+  return Element<T>::value(x);
+}
+
 template <typename T>
 Buffer<T> random_buffer(int64_t size) {
   std::normal_distribution<double> normal;
   Buffer<T> buffer(new T[size]);
-  for (int64_t i = 0; i < size; ++i) buffer[i] = static_cast<T>(normal(generator));
+  for (int64_t i = 0; i < size; ++i) buffer[i] = Element<T>::nearest(normal(generator));
   return buffer;
 }
 
 template <typename T>
 Buffer<T> poisoned_buffer(int64_t size) {
   Buffer<T> buffer(new T[size]);
-  for (int64_t i = 0; i < size; ++i) buffer[i] = std::numeric_limits<T>::quiet_NaN();
+  for (int64_t i = 0; i < size; ++i) buffer[i] = Element<T>::nearest(std::nan(""));
   return buffer;
 }
 
+// Sums are made in at least float and rounded to T once.
 template <typename T>
 void expect_close(const std::string& what, const T* got, const std::vector<double>& want, double terms) {
-  const double scale = std::sqrt(terms) + 1;
-  const double tolerance = 16 * scale * static_cast<double>(std::numeric_limits<T>::epsilon());
+  const double sums = 16 * (std::sqrt(terms) + 1) * std::fmin(Element<T>::epsilon, Element<float>::epsilon);
+  const double tolerance = sums + (sizeof(T) == 2 ? 0.51 * Element<T>::epsilon : 0);
   ++checks;
   for (size_t i = 0; i < want.size(); ++i) {
-    const double error = std::fabs(static_cast<double>(got[i]) - want[i]);
-    if (!(error <= tolerance * (1 + std::fabs(want[i])))) {
-      std::printf("FAILED %s[%zu]: got %.9g, want %.9g\n", what.c_str(), i, static_cast<double>(got[i]), want[i]);
+    const double error = std::fabs(value(got[i]) - want[i]);
+    if (!(error <= tolerance * std::fabs(want[i]) + sums)) {
+      std::printf("FAILED %s[%zu]: got %.9g, want %.9g\n", what.c_str(), i, value(got[i]), want[i]);
       ++failures;
       return;
     }
@@ -75,12 +122,13 @@ void for_each_term(const DepthwiseProblem& p, const Visit& visit) {
 }
 
 template <typename T>
-void test_depthwise(const refconv::cpu::Kernels<T>& kernels, const std::string& isa, const DepthwiseProblem& p) {
+void test_depthwise(const refconv::cpu::DepthwiseKernels<T>& kernels, const std::string& isa,
+                    const DepthwiseProblem& p) {
   const int64_t x_size = p.batch * p.channels * p.in_h * p.in_w, w_size = p.out_channels() * p.taps();
   const int64_t y_size = p.batch * p.out_channels() * p.out_h * p.out_w;
   const Buffer<T> x = random_buffer<T>(x_size), w = random_buffer<T>(w_size);
   const Buffer<T> bias = random_buffer<T>(p.out_channels()), dy = random_buffer<T>(y_size);
-  const std::string name = isa + (sizeof(T) == 4 ? " f32" : " f64") + " K" + std::to_string(p.kernel_h) + "x" +
+  const std::string name = isa + Element<T>::name + " K" + std::to_string(p.kernel_h) + "x" +
                            std::to_string(p.kernel_w) + " s" + std::to_string(p.stride_h) + std::to_string(p.stride_w) +
                            " p" + std::to_string(p.pad_h) + std::to_string(p.pad_w) + " d" +
                            std::to_string(p.dilation_h) + std::to_string(p.dilation_w) + " m" +
@@ -88,30 +136,30 @@ void test_depthwise(const refconv::cpu::Kernels<T>& kernels, const std::string& 
 
   std::vector<double> want_y(y_size), want_dx(x_size), want_dw(w_size), want_db(p.out_channels());
   for_each_term(p, [&](int64_t o, int64_t i, int64_t t) {
-    want_y[o] += double(w[t]) * double(x[i]);
-    want_dx[i] += double(w[t]) * double(dy[o]);
-    want_dw[t] += double(x[i]) * double(dy[o]);
+    want_y[o] += value(w[t]) * value(x[i]);
+    want_dx[i] += value(w[t]) * value(dy[o]);
+    want_dw[t] += value(x[i]) * value(dy[o]);
   });
   const int64_t out_plane = p.out_h * p.out_w;
-  for (int64_t o = 0; o < y_size; ++o) want_db[o / out_plane % p.out_channels()] += double(dy[o]);
+  for (int64_t o = 0; o < y_size; ++o) want_db[o / out_plane % p.out_channels()] += value(dy[o]);
   std::vector<double> want_biased = want_y;
-  for (int64_t o = 0; o < y_size; ++o) want_biased[o] += double(bias[o / out_plane % p.out_channels()]);
+  for (int64_t o = 0; o < y_size; ++o) want_biased[o] += value(bias[o / out_plane % p.out_channels()]);
 
   // Split unevenly, as threads would.
   const int64_t planes = p.batch * p.out_channels(), channel_cut = p.channels / 3, plane_cut = planes / 3;
   Buffer<T> y = poisoned_buffer<T>(y_size);
-  kernels.depthwise_forward(p, x.get(), w.get(), bias.get(), y.get(), 0, plane_cut);
-  kernels.depthwise_forward(p, x.get(), w.get(), bias.get(), y.get(), plane_cut, planes);
+  kernels.forward(p, x.get(), w.get(), bias.get(), y.get(), 0, plane_cut);
+  kernels.forward(p, x.get(), w.get(), bias.get(), y.get(), plane_cut, planes);
   expect_close("forward " + name, y.get(), want_biased, p.taps());
   y = poisoned_buffer<T>(y_size);
-  kernels.depthwise_forward(p, x.get(), w.get(), nullptr, y.get(), 0, planes);
+  kernels.forward(p, x.get(), w.get(), nullptr, y.get(), 0, planes);
   expect_close("forward without bias " + name, y.get(), want_y, p.taps());
 
   for (int wanted = 1; wanted < 8; ++wanted) {  // every combination of outputs
     Buffer<T> dx = poisoned_buffer<T>(x_size), dw = poisoned_buffer<T>(w_size);
     Buffer<T> db = poisoned_buffer<T>(p.out_channels());
     const auto run = [&](int64_t begin, int64_t end) {
-      kernels.depthwise_backward(p, dy.get(), x.get(), w.get(), wanted & 1 ? dx.get() : nullptr,
+      kernels.backward(p, dy.get(), x.get(), w.get(), wanted & 1 ? dx.get() : nullptr,
                                  wanted & 2 ? dw.get() : nullptr, wanted & 4 ? db.get() : nullptr, begin, end);
     };
     run(0, channel_cut);
@@ -123,7 +171,7 @@ void test_depthwise(const refconv::cpu::Kernels<T>& kernels, const std::string& 
 }
 
 template <typename T>
-void test_refocus(const refconv::cpu::Kernels<T>& kernels, const std::string& isa, const RefocusProblem& p) {
+void test_refocus(const refconv::cpu::RefocusKernels<T>& kernels, const std::string& isa, const RefocusProblem& p) {
   const int64_t size = p.kernel_size(), length = p.row_length(), k = p.map_size;
   const Buffer<T> basis = random_buffer<T>(p.kernels * size), refocus = random_buffer<T>(p.kernels * length);
   const Buffer<T> grad = random_buffer<T>(p.kernels * size);
@@ -132,7 +180,7 @@ void test_refocus(const refconv::cpu::Kernels<T>& kernels, const std::string& is
     for (int64_t h = 0; h < p.kernel_h; ++h)
       for (int64_t w = 0; w < p.kernel_w; ++w) {
         const int64_t o = (n * p.kernel_h + h) * p.kernel_w + w;
-        if (p.identity) want_t[o] += double(basis[o]);
+        if (p.identity) want_t[o] += value(basis[o]);
         for (int64_t j = 0; j < p.group_size; ++j)
           for (int64_t a = 0; a < k; ++a)
             for (int64_t b = 0; b < k; ++b) {
@@ -140,20 +188,20 @@ void test_refocus(const refconv::cpu::Kernels<T>& kernels, const std::string& is
               if (row < 0 || row >= p.kernel_h || col < 0 || col >= p.kernel_w) continue;
               const int64_t r = ((n * p.group_size + j) * k + a) * k + b;
               const int64_t source = n / p.group_size * p.group_size + j;
-              const double value = double(basis[(source * p.kernel_h + row) * p.kernel_w + col]);
-              want_t[o] += double(refocus[r]) * value;
-              want_r[r] += double(grad[o]) * value;
+              const double from_basis = value(basis[(source * p.kernel_h + row) * p.kernel_w + col]);
+              want_t[o] += value(refocus[r]) * from_basis;
+              want_r[r] += value(grad[o]) * from_basis;
             }
       }
-  const std::string name = isa + (sizeof(T) == 4 ? " f32" : " f64") + " N" + std::to_string(p.kernels) + " g" +
+  const std::string name = isa + Element<T>::name + " N" + std::to_string(p.kernels) + " g" +
                            std::to_string(p.group_size) + " K" + std::to_string(p.kernel_h) + "x" +
                            std::to_string(p.kernel_w) + " k" + std::to_string(k);
   const int64_t cut = p.kernels / 3;
   Buffer<T> transformed = poisoned_buffer<T>(p.kernels * size), grad_refocus = poisoned_buffer<T>(p.kernels * length);
-  kernels.refocus_forward(p, basis.get(), refocus.get(), transformed.get(), 0, cut);
-  kernels.refocus_forward(p, basis.get(), refocus.get(), transformed.get(), cut, p.kernels);
-  kernels.refocus_backward(p, grad.get(), basis.get(), grad_refocus.get(), 0, cut);
-  kernels.refocus_backward(p, grad.get(), basis.get(), grad_refocus.get(), cut, p.kernels);
+  kernels.forward(p, basis.get(), refocus.get(), transformed.get(), 0, cut);
+  kernels.forward(p, basis.get(), refocus.get(), transformed.get(), cut, p.kernels);
+  kernels.backward(p, grad.get(), basis.get(), grad_refocus.get(), 0, cut);
+  kernels.backward(p, grad.get(), basis.get(), grad_refocus.get(), cut, p.kernels);
   expect_close("W_t " + name, transformed.get(), want_t, length);
   expect_close("dW_r " + name, grad_refocus.get(), want_r, size);
 }
@@ -169,21 +217,34 @@ DepthwiseProblem depthwise(int64_t channels, int64_t multiplier, int64_t in_h, i
 }
 
 template <typename T>
-void test_all(const refconv::cpu::Kernels<T>& kernels, const std::string& isa) {
+void test_depthwise_all(const refconv::cpu::InstructionSet& set) {
+  const auto& kernels = set.kernels.depthwise<T>();
+  const std::string isa = set.name;
   // Widths straddle one and two vectors of every instruction set (2 to 16 lanes).
   for (const int64_t width : {1, 2, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 31, 32, 33}) {
     for (const int64_t kernel : {1, 2, 3, 5, 7}) {
       test_depthwise(kernels, isa, depthwise(3, 1, 6, width, kernel, kernel, 1, 1, kernel / 2, kernel / 2, 1, 1));
     }
-    test_depthwise(kernels, isa, depthwise(2, 1, 9, width, 3, 3, 2, 2, 1, 1, 1, 1));
+    for (const int64_t kernel : {3, 5, 7}) {
+      test_depthwise(kernels, isa, depthwise(2, 1, 9, width, kernel, kernel, 2, 2, kernel / 2, kernel / 2, 1, 1));
+    }
     test_depthwise(kernels, isa, depthwise(2, 2, 5, width, 3, 3, 1, 1, 1, 1, 1, 1));
     test_depthwise(kernels, isa, depthwise(2, 1, 7, width, 3, 5, 2, 1, 0, 4, 2, 2));
   }
   test_depthwise(kernels, isa, depthwise(4, 3, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
   test_depthwise(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));  // more padding than kernel
   test_depthwise(kernels, isa, depthwise(1, 1, 3, 3, 2, 2, 5, 5, 0, 0, 1, 1));  // stride beyond the kernel
+  test_depthwise(kernels, isa, depthwise(1, 2, 13, 14, 4, 6, 4, 6, 1, 2, 6, 4));  // strides and dilations in common
   test_depthwise(kernels, isa, depthwise(1, 1, 20, 40, 11, 31, 1, 1, 5, 15, 1, 1));
   test_depthwise(kernels, isa, depthwise(1, 1, 40, 20, 3, 3, 1, 3, 4, 4, 4, 4));
+  test_depthwise(kernels, isa, depthwise(1, 1, 21, 500, 5, 5, 1, 1, 2, 2, 1, 1));  // several strips of a plane
+  test_depthwise(kernels, isa, depthwise(1, 1, 21, 500, 7, 7, 2, 2, 3, 3, 1, 1));
+}
+
+template <typename T>
+void test_refocus_all(const refconv::cpu::InstructionSet& set) {
+  const auto& kernels = set.kernels.refocus<T>();
+  const std::string isa = set.name;
   for (const bool identity : {true, false}) {
     // Row lengths straddle the wide path's threshold and vectors, kernel counts its blocks of rows.
     for (const int64_t group : {1, 2, 3, 7, 8, 9, 10, 17, 33}) {
@@ -202,8 +263,12 @@ void test_all(const refconv::cpu::Kernels<T>& kernels, const std::string& isa) {
 
 int main() {
   for (const auto* set : refconv::cpu::instruction_sets()) {
-    test_all(set->f32, set->name);
-    test_all(set->f64, set->name);
+    test_depthwise_all<float>(*set);
+    test_depthwise_all<double>(*set);
+    test_depthwise_all<BFloat16>(*set);
+    test_depthwise_all<Half>(*set);
+    test_refocus_all<float>(*set);
+    test_refocus_all<double>(*set);
     std::printf("%s: done\n", set->name);
   }
   std::printf("%d checks, %d failed\n", checks, failures);
