@@ -55,7 +55,9 @@ def refocus_weight_limits(basis: Tensor, refocus: Tensor) -> str | None:
 
 def refocus_weight_slower(basis: Tensor, refocus: Tensor) -> str | None:
     """Why ``"auto"`` leaves this problem to PyTorch (``docs/performance.md``); None when it does not."""
-    if refocus[0].numel() < _WIDE_ROW:
+    one_3x3 = refocus.shape[1:] == (1, 3, 3) and basis.shape[2:] == (3, 3) and basis.dtype == torch.float32
+    permuted = one_3x3 and native is not None and native.instruction_set() == "avx512"  # csrc/cpu/refocus_narrow.cpp
+    if refocus[0].numel() < _WIDE_ROW and not permuted:
         return f"refocus groups of {refocus.shape[1]} kernels: PyTorch's is faster"
     return None
 

@@ -1,0 +1,28 @@
+// The two ways to compute the Refocusing Transformation; refocus.cpp chooses. Tasks are 2-D kernels [begin, end).
+#pragma once
+
+#include "../problem.h"
+
+#ifndef REFCONV_ISA
+#error "compiled once per instruction set, see CMakeLists.txt"
+#endif
+
+namespace refconv::cpu::REFCONV_ISA {
+
+// Many kernels per refocus group: a matrix product with the unfolded basis.
+template <typename T>
+void refocus_wide_forward(const RefocusProblem& p, const T* basis, const T* refocus, T* transformed, int64_t begin,
+                          int64_t end);
+template <typename T>
+void refocus_wide_backward(const RefocusProblem& p, const T* grad_transformed, const T* basis, T* grad_refocus,
+                           int64_t begin, int64_t end);
+
+// Few: each small kernel by itself.
+template <typename T>
+void refocus_narrow_forward(const RefocusProblem& p, const T* basis, const T* refocus, T* transformed, int64_t begin,
+                            int64_t end);
+template <typename T>
+void refocus_narrow_backward(const RefocusProblem& p, const T* grad_transformed, const T* basis, T* grad_refocus,
+                             int64_t begin, int64_t end);
+
+}  // namespace refconv::cpu::REFCONV_ISA
