@@ -241,11 +241,35 @@ Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& bas
   return grad_refocus;
 }
 
+// Both steps of a depthwise RefConv: the output and W_t.
+std::tuple<Tensor, Tensor> refconv2d(const Tensor& input, const Tensor& basis, const Tensor& refocus,
+                                     const std::optional<Tensor>& bias, bool identity, Ints stride, Ints padding,
+                                     Ints dilation) {
+  const Tensor transformed = refocus_weight(basis, refocus, identity);
+  return {depthwise_conv2d(input, transformed, bias, stride, padding, dilation), transformed};
+}
+
+// The gradients of the input, of W_t, of W_r and of the bias; what is not wanted is empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> refconv2d_backward(const Tensor& grad_output, const Tensor& input,
+                                                              const Tensor& transformed, const Tensor& basis,
+                                                              int64_t group_size, int64_t map_size, Ints stride,
+                                                              Ints padding, Ints dilation, bool need_input,
+                                                              bool need_basis, bool need_refocus, bool need_bias) {
+  const auto [grad_input, grad_weight, grad_bias] =
+      depthwise_conv2d_backward(grad_output, input, transformed, stride, padding, dilation, need_input,
+                                need_basis || need_refocus, need_bias);
+  const Tensor grad_refocus = need_refocus ? refocus_weight_backward(grad_weight, basis, group_size, map_size)
+                                           : torch::stable::new_empty(basis, {0});
+  return {grad_input, grad_weight, grad_refocus, grad_bias};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(refconv_cpu, CPU, m) {
   m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
   m.impl("depthwise_conv2d_backward", TORCH_BOX(&depthwise_conv2d_backward));
+  m.impl("refconv2d", TORCH_BOX(&refconv2d));
+  m.impl("refconv2d_backward", TORCH_BOX(&refconv2d_backward));
   m.impl("refocus_weight", TORCH_BOX(&refocus_weight));
   m.impl("refocus_weight_backward", TORCH_BOX(&refocus_weight_backward));
 }

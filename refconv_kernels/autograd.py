@@ -2,9 +2,9 @@
 
 Each operator is bilinear in its tensors, so the backward of a backward is again the same operator with
 other arguments; those second derivatives take the reference path, which PyTorch differentiates to any
-order. ``setup_context`` and ``vmap`` make the Functions work under ``torch.func``. There is no ``jvp``,
-because ``torch.compile`` refuses Functions that have one: :func:`refconv_kernels.ops.choose` sends
-forward-mode differentiation to the reference path.
+order. A backward that nobody differentiates calls its operator directly. ``setup_context`` and ``vmap`` make
+the Functions work under ``torch.func``. There is no ``jvp``, because ``torch.compile`` refuses Functions that
+have one: :func:`refconv_kernels.ops.choose` sends forward-mode differentiation to the reference path.
 """
 
 from __future__ import annotations
@@ -19,6 +19,20 @@ from refconv_kernels import reference
 from refconv_kernels.ops import KERNELS
 
 Pair = tuple[int, int]
+
+
+def apply(function: type[Function], *args: Any) -> Any:
+    """``function.apply(*args)`` without what that does at every call for default arguments: 50 microseconds."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _derive(function: type[Function], *args: Any) -> Any:
+    """What a backward computes with ``function``, recorded only if somebody asked for second derivatives."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return apply(function, *args)
+    return function.forward(*args)
 
 
 class RefocusWeight(Function):
@@ -41,7 +55,7 @@ class RefocusWeight(Function):
             grad_basis, _ = reference.refocus_weight_backward(grad, basis, refocus, ctx.identity, True, False)
         if ctx.needs_input_grad[1]:
             _, group_size, map_size, _ = refocus.shape
-            grad_refocus = RefocusWeightBackward.apply(grad, basis, group_size, map_size, ctx.backend)
+            grad_refocus = _derive(RefocusWeightBackward, grad, basis, group_size, map_size, ctx.backend)
         return grad_basis, grad_refocus, None, None
 
     @staticmethod
@@ -98,7 +112,7 @@ class DepthwiseConv2d(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        grads = DepthwiseConv2dBackward.apply(grad, input, weight, *ctx.geometry, *needs, ctx.backend)
+        grads = _derive(DepthwiseConv2dBackward, grad, input, weight, *ctx.geometry, *needs, ctx.backend)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None
 
     @staticmethod
@@ -168,3 +182,54 @@ class DepthwiseConv2dBackward(Function):
             return tuple(g if g is not None else grad.new_empty(0) for g in grads)
 
         return torch.vmap(one, in_dims)(*args), (0, 0, 0)
+
+
+class RefConv2d(Function):
+    """``(y, W_t)`` from ``(x, W_b, W_r, bias)``, depthwise, batched: both steps in one operator. ``W_t`` is not
+    differentiable; it is returned for the backward."""
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        basis: Tensor,
+        refocus: Tensor,
+        bias: Tensor | None,
+        identity: bool,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        return KERNELS["refconv2d"][backend].forward(input, basis, refocus, bias, identity, stride, padding, dilation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        input, basis, refocus, _, ctx.identity, *ctx.geometry, ctx.backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, basis, refocus, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 9
+        input, basis, refocus, transformed = ctx.saved_tensors
+        needs = need_input, need_basis, need_refocus, need_bias = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # second derivatives: the two steps one by one
+            transformed = apply(RefocusWeight, basis, refocus, ctx.identity, ctx.backend)
+            wanted = need_input, need_basis or need_refocus, need_bias
+            arguments = grad, input, transformed, *ctx.geometry, *wanted, ctx.backend
+            grad_input, grad_weight, grad_bias = apply(DepthwiseConv2dBackward, *arguments)
+            grad_refocus = None
+            if need_refocus:
+                sizes = refocus.shape[1:3]
+                grad_refocus = apply(RefocusWeightBackward, grad_weight, basis, *sizes, ctx.backend)
+        else:
+            run = KERNELS["refconv2d"][ctx.backend].backward
+            arguments = grad, input, transformed, basis, *refocus.shape[1:3], *ctx.geometry, *needs
+            grad_input, grad_weight, grad_refocus, grad_bias = run(*arguments)
+        grad_basis = None
+        if need_basis:
+            grad_basis, _ = reference.refocus_weight_backward(grad_weight, basis, refocus, ctx.identity, True, False)
+        grads = (grad_input, grad_basis, grad_refocus, grad_bias)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from refconv_kernels import reference
-from refconv_kernels.autograd import DepthwiseConv2d, RefocusWeight
+from refconv_kernels.autograd import DepthwiseConv2d, RefConv2d, RefocusWeight, apply
 from refconv_kernels.ops import choose
 
 __all__ = ["conv2d", "refconv2d", "refocus_weight"]
@@ -78,7 +78,9 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
         if backend == "reference":
             transformed = reference.refocus_weight(basis, refocus, identity)
         else:
-            transformed = RefocusWeight.apply(basis, refocus, identity, backend)
+            transformed = apply(RefocusWeight, basis, refocus, identity, backend)
+        if transformed.dtype == dtype and basis.is_contiguous():
+            return transformed
         return transformed.to(dtype, memory_format=_memory_format(basis))
 
 
@@ -163,11 +165,9 @@ def conv2d(
     if groups == input.shape[-3] and weight.shape[1] == 1:
         backend = choose("depthwise_conv2d", input, weight, groups, output_size[1])
         if backend != "reference":
-            if input.dim() == 3:
-                return DepthwiseConv2d.apply(
-                    input.unsqueeze(0), weight, bias, stride, before, dilation, backend
-                ).squeeze(0)
-            return DepthwiseConv2d.apply(input, weight, bias, stride, before, dilation, backend)
+            batched = input.unsqueeze(0) if input.dim() == 3 else input
+            output = apply(DepthwiseConv2d, batched, weight, bias, stride, before, dilation, backend)
+            return output.squeeze(0) if input.dim() == 3 else output
     return reference.conv2d(input, weight, bias, stride, before, dilation, groups)
 
 
@@ -198,8 +198,50 @@ def refconv2d(
     _check_tensors(refocus=refocus)
     if refocus.dim() == 4 and refocus.shape[1] != groups:
         raise ValueError(f"refocus.shape[1] (={refocus.shape[1]}) must be groups (={groups}), Eq. 2 of the paper")
+    backend = _one_call(input, basis, refocus, bias, stride, padding, dilation, groups, padding_mode)
+    if backend != "reference":
+        return apply(RefConv2d, input, basis, refocus, bias, identity, stride, padding, dilation, backend)[0]
     weight = refocus_weight(basis, refocus, identity=identity)
     return conv2d(input, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)
+
+
+def _one_call(
+    input: Tensor,
+    basis: Tensor,
+    refocus: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    padding_mode: str,
+) -> str:
+    """The backend that runs both steps as one operator; ``"reference"`` when they are taken one by one.
+
+    For the plain case only, and only for arguments beyond doubt: the two steps know the rest and the errors.
+    """
+    tensors = [t for t in (input, basis, refocus, bias) if isinstance(t, Tensor)]
+    if len(tensors) != (3 if bias is None else 4) or torch._C._are_functorch_transforms_active():
+        return "reference"
+    pairs = (stride, padding, dilation)
+    if padding_mode != "zeros" or not all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
+        return "reference"
+    if any(t.dtype != input.dtype or t.device != input.device for t in tensors):
+        return "reference"
+    if input.dim() != 4 or basis.dim() != 4 or _autocast_dtype(input.device.type) is not None:
+        return "reference"
+    kernels, channels, map_size = basis.shape[0], input.shape[1], refocus.shape[-1]
+    if channels != groups or basis.shape[1] != 1 or kernels % channels != 0 or map_size % 2 == 0:
+        return "reference"
+    if refocus.shape != (kernels, channels, map_size, map_size) or (bias is not None and bias.shape != (kernels,)):
+        return "reference"
+    size = [
+        (input.shape[d + 2] + 2 * padding[d] - dilation[d] * (basis.shape[d + 2] - 1) - 1) // stride[d] + 1
+        for d in (0, 1)
+    ]
+    if min(size) < 1 or min(*stride, *dilation) < 1 or min(padding) < 0:
+        return "reference"
+    return choose("refconv2d", input, basis, refocus, groups, size[1], optional=True)
 
 
 # --- autocast, shared with the module -----------------------------------------------------------------------

@@ -238,17 +238,20 @@ class RefConv2d(nn.Module):
         return weight
 
     def forward(self, input: Tensor) -> Tensor:
-        keep = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        return functional.conv2d(
-            input,
-            self._kept_weight() if keep else self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            padding_mode=self.padding_mode,
-        )
+        geometry = self.bias, self.stride, self.padding, self.dilation, self.groups
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return functional.conv2d(input, self._kept_weight(), *geometry, padding_mode=self.padding_mode)
+        transform = self.transform
+        if type(transform) is RefocusingTransformation and not any(getattr(transform, name) for name in _HOOKS):
+            return functional.refconv2d(
+                input,
+                self.basis_weight,
+                transform.weight,
+                *geometry,
+                padding_mode=self.padding_mode,
+                identity=transform.identity,
+            )
+        return functional.conv2d(input, self.weight, *geometry, padding_mode=self.padding_mode)
 
     def _kept_weight(self) -> Tensor:
         sources = [self.basis_weight, *self.transform.parameters(), *self.transform.buffers()]

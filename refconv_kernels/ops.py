@@ -31,6 +31,15 @@ _SCHEMAS = {
         "(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
         "bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
     ),
+    "refconv2d": (  # depthwise; the output and W_t
+        "(Tensor input, Tensor basis, Tensor refocus, Tensor? bias, bool identity, int[2] stride, int[2] padding, "
+        "int[2] dilation) -> (Tensor, Tensor)"
+    ),
+    "refconv2d_backward": (  # the gradients of the input, of W_t, of W_r and of the bias
+        "(Tensor grad_output, Tensor input, Tensor transformed, Tensor basis, int group_size, int map_size, "
+        "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_basis, bool need_refocus, "
+        "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
 }
 
 
@@ -70,11 +79,50 @@ def _fake_depthwise_conv2d_backward(
     )
 
 
+def _fake_refconv2d(
+    input: Tensor,
+    basis: Tensor,
+    refocus: Tensor,
+    bias: Tensor | None,
+    identity: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, Tensor]:
+    output = _fake_depthwise_conv2d(input, basis, bias, stride, padding, dilation)
+    return output, _fake_refocus_weight(basis, refocus, identity)
+
+
+def _fake_refconv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    transformed: Tensor,
+    basis: Tensor,
+    group_size: int,
+    map_size: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    need_input: bool,
+    need_basis: bool,
+    need_refocus: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_weight = need_basis or need_refocus
+    grad_input, grad_weight, grad_bias = _fake_depthwise_conv2d_backward(
+        grad_output, input, transformed, stride, padding, dilation, need_input, need_weight, need_bias
+    )
+    grad_refocus = _fake_refocus_weight_backward(transformed, basis, group_size, map_size)
+    return grad_input, grad_weight, grad_refocus if need_refocus else basis.new_empty(0), grad_bias
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "refocus_weight": _fake_refocus_weight,
     "refocus_weight_backward": _fake_refocus_weight_backward,
     "depthwise_conv2d": _fake_depthwise_conv2d,
     "depthwise_conv2d_backward": _fake_depthwise_conv2d_backward,
+    "refconv2d": _fake_refconv2d,
+    "refconv2d_backward": _fake_refconv2d_backward,
 }
 
 
@@ -106,7 +154,7 @@ UNAVAILABLE: dict[str, str | None] = {
 }
 
 #: ``KERNELS[operator][backend]``, best backend first. What is not listed runs on the reference path.
-KERNELS: dict[str, dict[str, Kernel]] = {"refocus_weight": {}, "depthwise_conv2d": {}}
+KERNELS: dict[str, dict[str, Kernel]] = {"refocus_weight": {}, "depthwise_conv2d": {}, "refconv2d": {}}
 
 if UNAVAILABLE["cpu"] is None:
     _register("cpu")
@@ -122,6 +170,9 @@ if UNAVAILABLE["cpu"] is None:
         _cpu.depthwise_conv2d_backward.default,
         cpu.depthwise_conv2d_limits,
         cpu.depthwise_conv2d_slower,
+    )
+    KERNELS["refconv2d"]["cpu"] = Kernel(
+        _cpu.refconv2d.default, _cpu.refconv2d_backward.default, cpu.refconv2d_limits, cpu.refconv2d_slower
     )
 
 
@@ -168,10 +219,11 @@ def use_backend(name: str) -> Iterator[None]:
         _wanted = before
 
 
-def choose(operator: str, *problem: Any) -> str:
+def choose(operator: str, *problem: Any, optional: bool = False) -> str:
     """The backend that runs ``operator`` on ``problem`` (the arguments of its ``limits`` and ``slower``).
 
-    Exported programs and forward-mode differentiation always take the reference path.
+    Exported programs and forward-mode differentiation always take the reference path. ``optional`` is for an
+    operator that others can stand in for: a backend that does not cover the problem is no error then.
 
     Raises:
         RuntimeError: a backend was asked for by name and does not cover the problem.
@@ -185,7 +237,11 @@ def choose(operator: str, *problem: Any) -> str:
             if kernel.limits(*problem) is None and kernel.slower(*problem) is None:
                 return backend
         return "reference"
+    if optional and _wanted not in kernels:
+        return "reference"
     reason = kernels[_wanted].limits(*problem)
+    if reason is not None and optional:
+        return "reference"
     if reason is not None:
         raise RuntimeError(f"backend {_wanted!r} does not cover this {operator}: {reason}")
     return _wanted

@@ -76,3 +76,13 @@ def depthwise_conv2d_slower(input: Tensor, weight: Tensor, groups: int, out_widt
     if out_width < _SHORT_ROW and weight.shape[2] * weight.shape[3] <= 9:
         return f"output rows of {out_width} with a kernel of at most 3x3: PyTorch's is faster"
     return None
+
+
+def refconv2d_limits(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, out_width: int) -> str | None:
+    """Why the ``refconv2d`` kernel, both steps in one call, does not cover this problem; None when it does."""
+    return refocus_weight_limits(basis, refocus) or depthwise_conv2d_limits(input, basis, groups, out_width)
+
+
+def refconv2d_slower(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, out_width: int) -> str | None:
+    """Why ``"auto"`` takes the two steps one by one (``docs/performance.md``); None when it does not."""
+    return refocus_weight_slower(basis, refocus) or depthwise_conv2d_slower(input, basis, groups, out_width)
