@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
@@ -20,7 +21,6 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/pages.h"
 #include "problem.h"
 
 namespace {
@@ -33,6 +33,9 @@ using Ints = std::vector<int64_t>;
 
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kWorkPerThread = 32768;
+
+// Independent parts of a sum over feature maps, where the tasks of a kernel are not the sums' owners.
+constexpr int64_t kSumChunks = 16;
 
 // Runs kernel(begin, end) over [0, tasks) on torch's threads. An exception (only bad_alloc is possible)
 // must not leave through the C ABI, so it is carried over.
@@ -89,9 +92,10 @@ void check_like(const Tensor& tensor, const Tensor& like, int64_t dim) {
 }
 
 template <typename S>
-const refconv::cpu::DepthwiseKernels<S>& depthwise_kernels(const DepthwiseProblem& p) {
-  // Both directions by the width of the output: which one is wider does not matter to the choice.
-  return refconv::cpu::instruction_set_for_rows(p.out_w, sizeof(refconv::Compute<S>)).kernels.depthwise<S>();
+const refconv::cpu::DepthwiseKernels<S>& depthwise_kernels(const DepthwiseProblem& p, bool nhwc) {
+  // What lies along a vector: channels, or columns of the output in both directions.
+  const int64_t width = nhwc ? p.channels : p.out_w;
+  return refconv::cpu::instruction_set_for_rows(width, sizeof(refconv::Compute<S>)).kernels.depthwise<S>();
 }
 
 template <typename T>
@@ -100,13 +104,6 @@ const refconv::cpu::RefocusKernels<T>& refocus_kernels() {
 }
 
 Ints sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
-
-// An uninitialised tensor with the dtype of `like`.
-Tensor output(const Tensor& like, const Ints& sizes) {
-  const Tensor tensor = torch::stable::new_empty(like, sizes);
-  refconv::cpu::prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
-  return tensor;
-}
 
 DepthwiseProblem depthwise_problem(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
                                    const Ints& dilation) {
@@ -134,27 +131,77 @@ DepthwiseProblem depthwise_problem(const Tensor& input, const Tensor& weight, co
   return p;
 }
 
+// Whether a feature map is channels_last in memory and not NCHW as well, as PyTorch answers it.
+bool is_nhwc(const Tensor& t) {
+  int64_t step = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (t.size(dim) != 1 && t.stride(dim) != step) return false;
+    step *= t.size(dim);
+  }
+  return !t.is_contiguous();
+}
+
+// Both directions take channels_last where the input is, and NCHW for everything else.
+bool runs_nhwc(const Tensor& input, const DepthwiseProblem& p) { return p.multiplier == 1 && is_nhwc(input); }
+
+Tensor in_layout(const Tensor& t, bool nhwc) {
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::contiguous(t, nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// An uninitialised feature map [n, c, h, w] in that layout.
+Tensor feature_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool nhwc) {
+  if (!nhwc) return torch::stable::new_empty(like, {n, c, h, w});
+  return torch::stable::transpose(torch::stable::transpose(torch::stable::new_empty(like, {n, h, w, c}), 1, 3), 2, 3);
+}
+
 Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
                         Ints padding, Ints dilation) {
   const DepthwiseProblem p = depthwise_problem(input, weight, stride, padding, dilation);
-  const Tensor x = torch::stable::contiguous(input);
-  const Tensor w = torch::stable::contiguous(weight);
+  const bool nhwc = runs_nhwc(input, p);
+  const Tensor x = in_layout(input, nhwc), w = torch::stable::contiguous(weight);
   std::optional<Tensor> b;
   if (bias.has_value()) {
     check_like(*bias, input, 1);
     STD_TORCH_CHECK(bias->size(0) == p.out_channels(), "bias must have one element per output channel");
     b = torch::stable::contiguous(*bias);
   }
-  const Tensor y = output(input, {p.batch, p.out_channels(), p.out_h, p.out_w});
+  const Tensor y = feature_map(input, p.batch, p.out_channels(), p.out_h, p.out_w, nhwc);
   for_storage_dtype(input, [&](auto type) {
     using S = typename decltype(type)::type;
-    const auto kernel = depthwise_kernels<S>(p).forward;
+    const auto& kernels = depthwise_kernels<S>(p, nhwc);
+    const auto kernel = nhwc ? kernels.nhwc_forward : kernels.forward;
     const S *x_data = data<S>(x), *w_data = data<S>(w), *b_data = b.has_value() ? data<S>(*b) : nullptr;
     S* y_data = mutable_data<S>(y);
-    parallel(p.batch * p.out_channels(), p.out_h * p.out_w * p.taps(),
+    const int64_t tasks = p.batch * (nhwc ? p.out_h : p.out_channels());
+    parallel(tasks, y.numel() / std::max<int64_t>(tasks, 1) * p.taps(),
              [&](int64_t begin, int64_t end) { kernel(p, x_data, w_data, b_data, y_data, begin, end); });
   });
   return y;
+}
+
+// dx, dW and dbias on channels_last feature maps. Null where not wanted.
+template <typename S>
+void nhwc_backward(const DepthwiseProblem& p, const S* dy, const S* x, const S* w, S* dx, S* dw, S* db) {
+  const auto& kernels = depthwise_kernels<S>(p, true);
+  const int64_t rows = p.batch * p.in_h, out_rows = p.batch * p.out_h, size = (p.taps() + 1) * p.channels;
+  // As many for any number of threads: the sums must not depend on it.
+  const int64_t chunks = std::min<int64_t>(rows, kSumChunks);
+  std::vector<double> totals(static_cast<size_t>(chunks * size));
+  parallel(chunks, 2 * rows / std::max<int64_t>(chunks, 1) * p.in_w * p.channels * p.taps(),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t chunk = begin; chunk < end; ++chunk) {
+               double* sums = totals.data() + chunk * size;
+               if (dx != nullptr || dw != nullptr) {
+                 kernels.nhwc_backward(p, dy, x, w, dx, sums, rows * chunk / chunks, rows * (chunk + 1) / chunks);
+               }
+               if (db != nullptr) {
+                 kernels.nhwc_bias(p, dy, sums + p.taps() * p.channels, out_rows * chunk / chunks,
+                                   out_rows * (chunk + 1) / chunks);
+               }
+             }
+           });
+  kernels.nhwc_reduce(p, totals.data(), chunks, dw, db);
 }
 
 // What is not wanted comes back as an empty tensor.
@@ -167,22 +214,22 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad_
   STD_TORCH_CHECK(grad_output.size(0) == p.batch && grad_output.size(1) == p.out_channels() &&
                       grad_output.size(2) == p.out_h && grad_output.size(3) == p.out_w,
                   "grad_output must have the shape of the output");
-  const Tensor dy = torch::stable::contiguous(grad_output);
-  const Tensor x = torch::stable::contiguous(input);
-  const Tensor w = torch::stable::contiguous(weight);
-  const Tensor grad_input = output(x, need_input ? sizes_of(x) : Ints{0});
-  const Tensor grad_weight = output(w, need_weight ? sizes_of(w) : Ints{0});
-  const Tensor grad_bias = output(w, {need_bias ? p.out_channels() : 0});
+  const bool nhwc = runs_nhwc(input, p);
+  const Tensor dy = in_layout(grad_output, nhwc), x = in_layout(input, nhwc), w = torch::stable::contiguous(weight);
+  const Tensor grad_input = need_input ? feature_map(x, p.batch, p.channels, p.in_h, p.in_w, nhwc) : torch::stable::new_empty(x, {0});
+  const Tensor grad_weight = torch::stable::new_empty(w, need_weight ? sizes_of(w) : Ints{0});
+  const Tensor grad_bias = torch::stable::new_empty(w, {need_bias ? p.out_channels() : 0});
   for_storage_dtype(input, [&](auto type) {
     using S = typename decltype(type)::type;
-    const auto kernel = depthwise_kernels<S>(p).backward;
     const S *dy_data = data<S>(dy), *x_data = data<S>(x), *w_data = data<S>(w);
-    S* grad_input_data = need_input ? mutable_data<S>(grad_input) : nullptr;
-    S* grad_weight_data = need_weight ? mutable_data<S>(grad_weight) : nullptr;
-    S* grad_bias_data = need_bias ? mutable_data<S>(grad_bias) : nullptr;
-    const int64_t work = 2 * p.batch * p.multiplier * p.out_h * p.out_w * p.taps();
+    S* dx = need_input ? mutable_data<S>(grad_input) : nullptr;
+    S* dw = need_weight ? mutable_data<S>(grad_weight) : nullptr;
+    S* db = need_bias ? mutable_data<S>(grad_bias) : nullptr;
+    if (nhwc) return nhwc_backward<S>(p, dy_data, x_data, w_data, dx, dw, db);
+    const auto kernel = depthwise_kernels<S>(p, false).backward;
+    const int64_t work = 2 * p.batch * p.multiplier * p.out_size() * p.taps();
     parallel(p.channels, work, [&](int64_t begin, int64_t end) {
-      kernel(p, dy_data, x_data, w_data, grad_input_data, grad_weight_data, grad_bias_data, begin, end);
+      kernel(p, dy_data, x_data, w_data, dx, dw, db, begin, end);
     });
   });
   return {grad_input, grad_weight, grad_bias};
@@ -208,7 +255,7 @@ Tensor refocus_weight(const Tensor& basis, const Tensor& refocus, bool identity)
                   "refocus must be [kernels, group_size, map_size, map_size]");
   const Tensor b = torch::stable::contiguous(basis);
   const Tensor r = torch::stable::contiguous(refocus);
-  const Tensor transformed = output(b, sizes_of(b));
+  const Tensor transformed = torch::stable::new_empty(b, sizes_of(b));
   for_dtype(basis, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto kernel = refocus_kernels<T>().forward;
@@ -228,7 +275,7 @@ Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& bas
   STD_TORCH_CHECK(grad_transformed.numel() == basis.numel(), "grad_transformed must have the shape of basis");
   const Tensor g = torch::stable::contiguous(grad_transformed);
   const Tensor b = torch::stable::contiguous(basis);
-  const Tensor grad_refocus = output(b, {p.kernels, group_size, map_size, map_size});
+  const Tensor grad_refocus = torch::stable::new_empty(b, {p.kernels, group_size, map_size, map_size});
   for_dtype(basis, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto kernel = refocus_kernels<T>().backward;

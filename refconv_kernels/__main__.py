@@ -177,7 +177,10 @@ def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     width, kernel_width = arguments.shape[3], weight_shape[3]
     out_width = (width + 2 * (kernel_width // 2) - kernel_width) // arguments.stride + 1
-    return torch.empty(arguments.shape, dtype=dtype, device="cpu", memory_format=layout), weight, groups, out_width
+    input = torch.empty(arguments.shape, dtype=dtype, device="cpu", memory_format=layout)
+    if arguments.problem == "refconv2d":
+        return input, weight, torch.empty((kernels, groups, 3, 3), dtype=dtype, device="cpu"), groups, out_width
+    return input, weight, groups, out_width
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ def _fake_depthwise_conv2d(
         (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1
         for d in (0, 1)
     )
-    return input.new_empty(input.shape[0], weight.shape[0], height, width)
+    output = input.new_empty(input.shape[0], weight.shape[0], height, width)
+    multiplier_1 = weight.shape[0] == input.shape[1]
+    return output.to(memory_format=torch.channels_last) if multiplier_1 and cpu.is_channels_last(input) else output
 
 
 def _fake_depthwise_conv2d_backward(
@@ -72,8 +74,11 @@ def _fake_depthwise_conv2d_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    grad_input = input.new_empty(input.shape if need_input else 0)
+    if need_input and weight.shape[0] == input.shape[1] and cpu.is_channels_last(input):
+        grad_input = grad_input.to(memory_format=torch.channels_last)
     return (
-        input.new_empty(input.shape if need_input else 0),
+        grad_input,
         weight.new_empty(weight.shape if need_weight else 0),
         weight.new_empty(weight.shape[0] if need_bias else 0),
     )

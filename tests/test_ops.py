@@ -83,11 +83,17 @@ def test_each_backend_against_float64(case: Case, dtype: torch.dtype, backend: s
     check(case, backend, dtype)
 
 
-@settings(max_examples=200)
-@given(case=cases(depthwise=True), dtype=st.sampled_from(KERNEL_DTYPES))
-def test_any_depthwise_problem(case: Case, dtype: torch.dtype) -> None:
+@settings(max_examples=300)
+@given(
+    case=cases(depthwise=True),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+)
+def test_any_depthwise_problem(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    if layout is torch.channels_last and case.in_channels != case.out_channels:
+        layout = torch.contiguous_format  # a channel multiplier: no kernel for channels_last
     for backend in BACKENDS:
-        check(case, backend, dtype)
+        check(case, backend, dtype, layout)
 
 
 @given(case=cases(), dtype=st.sampled_from(KERNEL_DTYPES))
@@ -129,15 +135,18 @@ def test_every_instruction_set(case: Case) -> None:
         cpu.native.set_instruction_set(name)
         assert cpu.native.instruction_set() == name
         check(case, "cpu", torch.float32)
+        if case.in_channels == case.out_channels == case.groups:
+            check(case, "cpu", torch.float32, torch.channels_last)
 
 
 @needs_native
 @pytest.mark.usefixtures("_isa")
 def test_rows_take_the_instruction_set_whose_vectors_they_fill_best() -> None:
     best, choose = cpu.native.instruction_set(), cpu.native.instruction_set_for_rows
-    if {"avx2", "avx512"} <= set(cpu.native.instruction_sets()):
-        assert [choose(width, 4) for width in (7, 8, 9, 16, 56, 112)] == ["avx2", "avx2", best, best, "avx2", best]
-        assert [choose(width, 8) for width in (3, 4, 5, 8)] == ["avx2", "avx2", best, best]
+    if "avx512" in cpu.native.instruction_sets():
+        half = "avx512vl"
+        assert [choose(width, 4) for width in (7, 8, 9, 16, 56, 112)] == [half, half, best, best, half, best]
+        assert [choose(width, 8) for width in (3, 4, 5, 8)] == [half, half, best, best]
     cpu.native.set_instruction_set("portable")
     assert choose(7, 4) == "portable"
     cpu.native.set_instruction_set("auto")
@@ -205,17 +214,31 @@ def _samples(name: str, case: Case) -> tuple[object, ...]:
         return torch.randn_like(basis), basis, case.groups, case.map_size
     if name == "depthwise_conv2d":
         return x, basis, bias, *geometry
-    y = reference.conv2d(x, basis, bias, *geometry, case.groups)
-    return torch.randn_like(y), x, basis, *geometry, True, case.bias, False
+    if name == "refconv2d":
+        return x, basis, refocus, bias, True, *geometry
+    grad = torch.randn_like(reference.conv2d(x, basis, bias, *geometry, case.groups))
+    if name == "refconv2d_backward":
+        sizes = (case.groups, case.map_size)
+        return grad, x, torch.randn_like(basis), basis, *sizes, *geometry, True, False, True, case.bias
+    return grad, x, basis, *geometry, True, case.bias, False
 
 
 @needs_native
 @pytest.mark.parametrize("name", list(ops._SCHEMAS))
 @pytest.mark.parametrize("case", [c for c in SMALL if not isinstance(c.padding, str)], ids=str)
 def test_opcheck(name: str, case: Case) -> None:
-    if name.startswith("depthwise") and case not in DEPTHWISE and "depthwise" not in case.name:
+    if not name.startswith("refocus") and "depthwise" not in case.name:
         case = SMALL[0]
-    torch.library.opcheck(getattr(torch.ops.refconv_cpu, name).default, _samples(name, case))
+    op, samples = getattr(torch.ops.refconv_cpu, name).default, _samples(name, case)
+    torch.library.opcheck(op, samples)
+    if not name.startswith("refocus"):  # the layout of outputs follows the input's
+        torch.library.opcheck(op, tuple(_channels_last(a) for a in samples))
+
+
+def _channels_last(argument: object) -> object:
+    """Feature maps in the other memory format, everything else as it is."""
+    is_map = isinstance(argument, Tensor) and argument.dim() == 4 and argument.shape[1] > 1
+    return argument.contiguous(memory_format=torch.channels_last) if is_map else argument
 
 
 @needs_native
@@ -224,9 +247,16 @@ def test_opcheck(name: str, case: Case) -> None:
     [
         (
             "depthwise_conv2d",
-            {2: None, **{i: t.half() for i, t in enumerate((torch.randn(2, 6, 7, 9), torch.randn(6, 1, 3, 3)))}},
+            {2: None, **{i: t.cfloat() for i, t in enumerate((torch.randn(2, 6, 7, 9), torch.randn(6, 1, 3, 3)))}},
             "dtype must be float32 or float64",
         ),
+        (
+            "refocus_weight",
+            {i: t.half() for i, t in enumerate((torch.randn(6, 1, 3, 3), torch.randn(6, 6, 3, 3)))},
+            "dtype must be float32 or float64",
+        ),
+        ("refconv2d", {2: torch.randn(6, 4, 3, 3)}, "must divide"),
+        ("refconv2d_backward", {0: torch.randn(2, 6, 7, 8)}, "shape of the output"),
         ("depthwise_conv2d", {0: torch.randn(6, 7, 9)}, "number of dimensions"),
         ("depthwise_conv2d", {1: torch.randn(6, 1, 3, 3).double()}, "of one dtype"),
         ("depthwise_conv2d", {1: torch.randn(7, 1, 3, 3)}, "weight must be"),
@@ -282,11 +312,11 @@ def test_a_named_backend_never_falls_back() -> None:
     x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
     with use_backend("cpu"):
         with pytest.raises(
-            RuntimeError, match=r"'cpu' does not cover this depthwise_conv2d: input has dtype torch.bfloat16"
+            RuntimeError, match=r"'cpu' does not cover this depthwise_conv2d: input has dtype torch.complex64"
         ):
-            functional.conv2d(x.bfloat16(), weight.bfloat16(), groups=4)
-        with pytest.raises(RuntimeError, match="input is channels_last, the kernel covers NCHW"):
-            functional.conv2d(x.to(memory_format=torch.channels_last), weight, groups=4)
+            functional.conv2d(x.cfloat(), weight.cfloat(), groups=4)
+        with pytest.raises(RuntimeError, match=r"input is channels_last, there the kernel covers out_channels \(=8\)"):
+            functional.conv2d(x.to(memory_format=torch.channels_last), torch.randn(8, 1, 3, 3), groups=4)
         with pytest.raises(RuntimeError, match="basis has dtype torch.complex64"):
             functional.refocus_weight(weight.cfloat(), torch.zeros(4, 4, 3, 3).cfloat())
         with pytest.raises(RuntimeError, match="basis is on meta, the kernel runs on cpu"):
@@ -328,19 +358,27 @@ def test_depthwise_limits_name_what_is_not_covered() -> None:
 
 @needs_native
 def test_auto_leaves_to_pytorch_what_pytorch_does_faster() -> None:
-    def depthwise(size: int, kernel: int) -> tuple[Tensor, Tensor, int, int]:
-        return torch.empty(1, 4, size, size), torch.empty(4, 1, kernel, kernel), 4, size
+    def dense(channels: int, size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        basis = torch.empty(channels, channels, size, size, dtype=dtype)
+        return basis, torch.empty(channels**2, 1, 3, 3, dtype=dtype)
 
-    assert ops.choose("depthwise_conv2d", *depthwise(7, 3)) == "reference"
-    assert ops.choose("depthwise_conv2d", *depthwise(8, 3)) == "cpu"
-    assert ops.choose("depthwise_conv2d", *depthwise(7, 5)) == "cpu"
-    assert ops.choose("refocus_weight", torch.empty(8, 4, 3, 3), torch.empty(32, 1, 3, 3)) == "reference"
+    groupwise = torch.empty(8, 4, 3, 3), torch.empty(32, 2, 3, 3)
+    assert ops.choose("refocus_weight", *groupwise) == "reference"
+    assert ops.choose("refocus_weight", *dense(4, 5)) == "reference"
+    assert ops.choose("refocus_weight", *dense(4, 3, torch.float64)) == "reference"
+    if cpu.native.instruction_set() == "avx512":
+        assert ops.choose("refocus_weight", *dense(4, 3)) == "cpu"
     assert ops.choose("refocus_weight", torch.empty(8, 1, 3, 3), torch.empty(8, 8, 3, 3)) == "cpu"
-    assert ops.choose("refocus_weight", torch.empty(8, 1, 5, 5), torch.empty(8, 8, 3, 3)) == "cpu"
     with use_backend("cpu"):
-        assert ops.choose("depthwise_conv2d", *depthwise(7, 3)) == "cpu"  # asked for by name
-    kernel = ops.KERNELS["depthwise_conv2d"]["cpu"]
-    assert kernel.slower(*depthwise(7, 3)) == "output rows of 7 with a kernel of at most 3x3: PyTorch's is faster"
+        assert ops.choose("refocus_weight", *groupwise) == "cpu"  # asked for by name
+    kernel = ops.KERNELS["refocus_weight"]["cpu"]
+    assert kernel.slower(*groupwise) == "refocus groups of 2 kernels: PyTorch's is faster"
+    x = torch.empty(1, 4, 7, 7)
+    assert ops.choose("depthwise_conv2d", x, torch.empty(4, 1, 3, 3), 4, 7) == "cpu"
+    # Both steps in one call where both are ours, one by one where one is not.
+    assert ops.choose("refconv2d", torch.empty(1, 8, 7, 7), torch.empty(8, 1, 3, 3), torch.empty(8, 8, 3, 3), 8, 7) == "cpu"
+    assert ops.choose("refconv2d", x, torch.empty(4, 1, 3, 3), torch.empty(4, 4, 3, 3), 4, 7) == "reference"
+
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@
 // (a lattice) share their taps and shifts, and along the lattice dy advances pixel by pixel: stride 1 and any other
 // stride and dilation are the same loops. A pass holds as many taps in registers as fit.
 #include "entry_points.h"
+#include "lattice.h"
 #include "scratch.h"
 #include "simd.h"
 
@@ -21,26 +22,6 @@ constexpr int kMaxTapRows = 3, kMaxTapColumns = 7;
 constexpr int64_t kTotalsBytes = 32768;   // of running weight gradients per thread: the first cache
 constexpr int64_t kStripBytes = 24576;    // of x, dx and dy between two passes: the first cache
 constexpr int64_t kTermsInLanes = 1024;   // added up in one lane before they move on to a double
-
-// In one direction: the taps that the pixels s * v + f of the lattice f see, from the last to the first, and the
-// pixel of dy that pixel v = 0 meets at the last of them. From tap to tap, dy moves by `shift` to larger indices.
-struct LatticeTaps {
-  int64_t count, last, step, first_dy, shift;
-};
-
-LatticeTaps lattice_taps(int64_t f, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  LatticeTaps taps{0, 0, stride, 0, dilation};
-  for (int64_t d = 2; d <= taps.step && d <= dilation; ++d) {  // step = stride / gcd, shift = dilation / gcd
-    while (taps.step % d == 0 && taps.shift % d == 0) taps.step /= d, taps.shift /= d;
-  }
-  for (int64_t t = 0; t < kernel; ++t) {
-    if ((f + pad - t * dilation) % stride != 0) continue;
-    ++taps.count;
-    taps.last = t;
-    taps.first_dy = (f + pad - t * dilation) / stride;
-  }
-  return taps;
-}
 
 // Some taps of one lattice over some rows of it. Steps lead from one tap to the next in the order of LatticeTaps.
 template <typename T>

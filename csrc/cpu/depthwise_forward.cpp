@@ -202,6 +202,7 @@ void depthwise_forward(const DepthwiseProblem& p, const S* x, const S* weight, c
          x + source * p.in_size() + (task + 1 < end ? p.in_size() : 0)});
     if (streamed) stream(target, to, p.out_size());
   }
+  if (streamed) end_streams();
 }
 
 REFCONV_INSTANTIATE_DEPTHWISE_FORWARD(float)

@@ -14,6 +14,21 @@ template <typename S>
 void depthwise_backward(const DepthwiseProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x,
                         S* grad_weight, S* grad_bias, int64_t begin, int64_t end);
 
+template <typename S>
+void depthwise_nhwc_forward(const DepthwiseProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
+                            int64_t end);
+
+template <typename S>
+void depthwise_nhwc_backward(const DepthwiseProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x,
+                             double* totals, int64_t begin, int64_t end);
+
+template <typename S>
+void depthwise_nhwc_bias(const DepthwiseProblem& p, const S* grad_y, double* totals, int64_t begin, int64_t end);
+
+template <typename S>
+void depthwise_nhwc_reduce(const DepthwiseProblem& p, const double* totals, int64_t chunks, S* grad_weight,
+                           S* grad_bias);
+
 template <typename T>
 void refocus_forward(const RefocusProblem& p, const T* basis, const T* refocus, T* transformed, int64_t begin,
                      int64_t end);
@@ -28,6 +43,13 @@ void refocus_backward(const RefocusProblem& p, const T* grad_transformed, const 
 #define REFCONV_INSTANTIATE_DEPTHWISE_BACKWARD(S)                                                                 \
   template void depthwise_backward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, S*, S*, int64_t, \
                                       int64_t);
+
+#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC(S)                                                                          \
+  template void depthwise_nhwc_forward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, int64_t, int64_t); \
+  template void depthwise_nhwc_backward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, double*,         \
+                                           int64_t, int64_t);                                                          \
+  template void depthwise_nhwc_bias<S>(const DepthwiseProblem&, const S*, double*, int64_t, int64_t);                  \
+  template void depthwise_nhwc_reduce<S>(const DepthwiseProblem&, const double*, int64_t, S*, S*);
 
 #define REFCONV_INSTANTIATE_REFOCUS(T)                                                               \
   template void refocus_forward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t); \

@@ -22,6 +22,18 @@ struct DepthwiseKernels {
   // Tasks: the input channels. Any of grad_x, grad_weight, grad_bias may be null.
   void (*backward)(const DepthwiseProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
                    S* grad_bias, int64_t begin, int64_t end);
+
+  // The same for channels_last feature maps and multiplier 1.
+  // Tasks: the batch * out_h output rows.
+  void (*nhwc_forward)(const DepthwiseProblem&, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
+                       int64_t end);
+  // Tasks: the batch * in_h input rows. grad_x may be null. Adds dW to totals [taps, channels].
+  void (*nhwc_backward)(const DepthwiseProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x,
+                        double* totals, int64_t begin, int64_t end);
+  // Tasks: the batch * out_h output rows. Adds dbias to totals [channels].
+  void (*nhwc_bias)(const DepthwiseProblem&, const S* grad_y, double* totals, int64_t begin, int64_t end);
+  // The sums over totals [chunks, taps + 1, channels], of which the last of taps + 1 is dbias. Either may be null.
+  void (*nhwc_reduce)(const DepthwiseProblem&, const double* totals, int64_t chunks, S* grad_weight, S* grad_bias);
 };
 
 template <typename T>

@@ -17,6 +17,8 @@ namespace {
 constexpr int64_t kBlockBytes = 16384;  // of U per pass: half the first cache
 constexpr int64_t kRowGroup = 24;       // rows of W_r that use a block of U before the next one
 
+constexpr int64_t kAroundBytes = 4 << 20;  // of dW_r, from which it is written around the cache
+
 // Columns of U in registers at once, so that few are wasted: they are padded to a multiple of it.
 constexpr int kWidest = 9;
 inline int columns_at_once(int64_t kernel_size) { return kernel_size == 25 ? 5 : kernel_size == 49 ? 7 : kWidest; }
@@ -124,10 +126,19 @@ void forward_rows(const RefocusProblem& p, const Unfolded<T>& u, const T* basis,
   }
 }
 
+template <typename T>
+inline void put(T* to, Vec<T> v, int64_t count, bool around) {
+  if (around) {
+    store_around_cache(to, v);
+  } else {
+    store_lanes(to, v, count);
+  }
+}
+
 // Entries [q0, q1) of ROWS rows of dW_r, the gradients of W_t held in registers: for kernels of COLUMNS taps.
 template <typename T, int ROWS, int COLUMNS>
 void backward_rows_held(const RefocusProblem& p, const Unfolded<T>& u, const T* grad, T* grad_refocus, int64_t q0,
-                        int64_t q1) {
+                        int64_t q1, bool around) {
   constexpr int64_t kLane = kLanes<T>;
   const int64_t length = p.row_length();
   Vec<T> dwt[ROWS * COLUMNS];
@@ -143,14 +154,14 @@ void backward_rows_held(const RefocusProblem& p, const Unfolded<T>& u, const T* 
       for (int r = 0; r < ROWS; ++r) sum[r] += dwt[r * COLUMNS + c] * basis;
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) store_lanes(grad_refocus + r * length + q, sum[r], q1 - q);
+    for (int r = 0; r < ROWS; ++r) put(grad_refocus + r * length + q, sum[r], q1 - q, around);
   }
 }
 
 // The same for kernels of any size.
 template <typename T, int ROWS>
 void backward_rows(const RefocusProblem& p, const Unfolded<T>& u, const T* grad, T* grad_refocus, int64_t q0,
-                   int64_t q1) {
+                   int64_t q1, bool around) {
   constexpr int64_t kLane = kLanes<T>;
   constexpr int kVectors = 2;  // that share each gradient of W_t
   const int64_t length = p.row_length(), size = p.kernel_size(), columns = u.columns();
@@ -170,8 +181,8 @@ void backward_rows(const RefocusProblem& p, const Unfolded<T>& u, const T* grad,
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       T* to = grad_refocus + r * length + q;
-      store_lanes(to, sum[r * kVectors], q1 - q);
-      if (q + kLane < q1) store_lanes(to + kLane, sum[r * kVectors + 1], q1 - q - kLane);
+      put(to, sum[r * kVectors], q1 - q, around);
+      if (q + kLane < q1) put(to + kLane, sum[r * kVectors + 1], q1 - q - kLane, around);
     }
   }
 }
@@ -218,17 +229,21 @@ void refocus_wide_backward(const RefocusProblem& p, const T* grad_transformed, c
   const auto run_one = held ? backward_rows_held<T, 1, kWidest> : backward_rows<T, 1>;
   Unfolded<T> u(p);
   const int64_t block = round_up(u.block(), 2 * kLanes<T>);
+  // The next reader is the optimizer, after the whole backward. Only where rows are made of whole aligned vectors.
+  const bool around = p.kernels * length * static_cast<int64_t>(sizeof(T)) >= kAroundBytes && length % kLanes<T> == 0 &&
+                      reinterpret_cast<uintptr_t>(grad_refocus) % sizeof(Vec<T>) == 0;
   for_each_group(p, begin, end, [&](int64_t first, int64_t group_begin, int64_t last) {
     u.fill(basis + first * size);
     for (int64_t q = 0; q < length; q += block) {
       const int64_t q_end = least(q + block, length);
       int64_t n = group_begin;
       for (; n + at_once <= last; n += at_once) {
-        run(p, u, grad_transformed + n * size, grad_refocus + n * length, q, q_end);
+        run(p, u, grad_transformed + n * size, grad_refocus + n * length, q, q_end, around);
       }
-      for (; n < last; ++n) run_one(p, u, grad_transformed + n * size, grad_refocus + n * length, q, q_end);
+      for (; n < last; ++n) run_one(p, u, grad_transformed + n * size, grad_refocus + n * length, q, q_end, around);
     }
   });
+  if (around) end_streams();
 }
 
 #define REFCONV_INSTANTIATE_WIDE(T)                                                                       \

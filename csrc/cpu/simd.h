@@ -87,6 +87,17 @@ inline void prefetch(const S* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(from + i, 0, 2);
 }
 
+// Without reading the line that is overwritten, and without keeping it. `to` is aligned to the vector; only vectors of
+// a whole line gain by it.
+template <typename T>
+inline void store_around_cache(T* to, Vec<T> v) {
+#if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
+#else
+  store(to, v);
+#endif
+}
+
 // --- the first `count` lanes, 0 < count < lanes; what lies beyond them in memory is not touched ---
 
 #ifdef __AVX512VL__

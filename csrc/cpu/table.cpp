@@ -2,14 +2,22 @@
 
 namespace refconv::cpu::REFCONV_ISA {
 
+namespace {
+
+template <typename S>
+constexpr DepthwiseKernels<S> kDepthwise = {
+    depthwise_forward<S>,       depthwise_backward<S>,  depthwise_nhwc_forward<S>,
+    depthwise_nhwc_backward<S>, depthwise_nhwc_bias<S>, depthwise_nhwc_reduce<S>,
+};
+
+template <typename T>
+constexpr RefocusKernels<T> kRefocus = {refocus_forward<T>, refocus_backward<T>};
+
+}  // namespace
+
 extern const Kernels kernels;
 const Kernels kernels = {
-    {depthwise_forward<float>, depthwise_backward<float>},
-    {depthwise_forward<double>, depthwise_backward<double>},
-    {depthwise_forward<BFloat16>, depthwise_backward<BFloat16>},
-    {depthwise_forward<Half>, depthwise_backward<Half>},
-    {refocus_forward<float>, refocus_backward<float>},
-    {refocus_forward<double>, refocus_backward<double>},
+    kDepthwise<float>, kDepthwise<double>, kDepthwise<BFloat16>, kDepthwise<Half>, kRefocus<float>, kRefocus<double>,
 };
 
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -16,7 +16,6 @@ from torch import Tensor
 _REFOCUS_DTYPES = (torch.float32, torch.float64)
 _DEPTHWISE_DTYPES = (*_REFOCUS_DTYPES, torch.bfloat16, torch.float16)
 _WIDE_ROW = 64  # entries of W_r per 2-D kernel from which the kernel takes a matrix product (csrc/cpu/refocus.cpp)
-_SHORT_ROW = 8  # output columns below which most lanes of a vector idle
 
 native: ModuleType | None
 _import_error: str | None
@@ -26,6 +25,8 @@ try:
     _import_error = None
 except ImportError as error:
     native, _import_error = None, str(error)
+
+_BEST_SET = None if native is None else native.instruction_set()
 
 
 def unavailable() -> str | None:
@@ -48,6 +49,13 @@ def _limits(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> str |
     return None
 
 
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a feature map is channels_last in memory and not NCHW as well: outputs then are too."""
+    if tensor.dim() != 4 or tensor.is_contiguous():
+        return False
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def refocus_weight_limits(basis: Tensor, refocus: Tensor) -> str | None:
     """Why the ``refocus_weight`` kernel does not cover this problem; None when it does."""
     return _limits(basis, "basis", _REFOCUS_DTYPES)
@@ -56,7 +64,7 @@ def refocus_weight_limits(basis: Tensor, refocus: Tensor) -> str | None:
 def refocus_weight_slower(basis: Tensor, refocus: Tensor) -> str | None:
     """Why ``"auto"`` leaves this problem to PyTorch (``docs/performance.md``); None when it does not."""
     one_3x3 = refocus.shape[1:] == (1, 3, 3) and basis.shape[2:] == (3, 3) and basis.dtype == torch.float32
-    permuted = one_3x3 and native is not None and native.instruction_set() == "avx512"  # csrc/cpu/refocus_narrow.cpp
+    permuted = one_3x3 and _BEST_SET == "avx512"  # csrc/cpu/refocus_narrow.cpp
     if refocus[0].numel() < _WIDE_ROW and not permuted:
         return f"refocus groups of {refocus.shape[1]} kernels: PyTorch's is faster"
     return None
@@ -66,15 +74,13 @@ def depthwise_conv2d_limits(input: Tensor, weight: Tensor, groups: int, out_widt
     """Why the ``depthwise_conv2d`` kernel does not cover this problem; None when it does."""
     if groups != input.shape[-3] or weight.shape[1] != 1:
         return f"groups (={groups}) differs from in_channels (={input.shape[-3]}), the kernel is depthwise"
-    if input.dim() == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
-        return "input is channels_last, the kernel covers NCHW"
+    if weight.shape[0] != groups and is_channels_last(input):
+        return f"input is channels_last, there the kernel covers out_channels (={weight.shape[0]}) = in_channels"
     return _limits(input, "input", _DEPTHWISE_DTYPES)
 
 
 def depthwise_conv2d_slower(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:
     """Why ``"auto"`` leaves this problem to PyTorch (``docs/performance.md``); None when it does not."""
-    if out_width < _SHORT_ROW and weight.shape[2] * weight.shape[3] <= 9:
-        return f"output rows of {out_width} with a kernel of at most 3x3: PyTorch's is faster"
     return None
 
 

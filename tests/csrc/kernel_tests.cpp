@@ -89,9 +89,10 @@ Buffer<T> poisoned_buffer(int64_t size) {
 
 // Sums are made in at least float and rounded to T once.
 template <typename T>
-void expect_close(const std::string& what, const T* got, const std::vector<double>& want, double terms) {
+void expect_close(const std::string& what, const T* got, const std::vector<double>& want, double terms,
+                  double margin = 1) {
   const double sums = 16 * (std::sqrt(terms) + 1) * std::fmin(Element<T>::epsilon, Element<float>::epsilon);
-  const double tolerance = sums + (sizeof(T) == 2 ? 0.51 * Element<T>::epsilon : 0);
+  const double tolerance = sums + (sizeof(T) == 2 ? 0.51 * margin * Element<T>::epsilon : 0);
   ++checks;
   for (size_t i = 0; i < want.size(); ++i) {
     const double error = std::fabs(value(got[i]) - want[i]);
@@ -170,6 +171,66 @@ void test_depthwise(const refconv::cpu::DepthwiseKernels<T>& kernels, const std:
   }
 }
 
+// `from` [n, c, size] as [n, size, c].
+template <typename T>
+Buffer<T> channels_last(const T* from, int64_t batch, int64_t channels, int64_t size) {
+  Buffer<T> to(new T[batch * channels * size]);
+  for (int64_t n = 0; n < batch; ++n)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t k = 0; k < size; ++k) to[(n * size + k) * channels + c] = from[(n * channels + c) * size + k];
+  return to;
+}
+
+// The channels_last kernels, against what the NCHW ones answered and test_depthwise has checked.
+template <typename T>
+void test_nhwc(const refconv::cpu::DepthwiseKernels<T>& kernels, const std::string& isa, const DepthwiseProblem& p) {
+  const int64_t x_size = p.batch * p.channels * p.in_size(), y_size = p.batch * p.channels * p.out_size();
+  const Buffer<T> x = random_buffer<T>(x_size), w = random_buffer<T>(p.channels * p.taps());
+  const Buffer<T> bias = random_buffer<T>(p.channels), dy = random_buffer<T>(y_size);
+  Buffer<T> y = poisoned_buffer<T>(y_size), dx = poisoned_buffer<T>(x_size);
+  Buffer<T> dw = poisoned_buffer<T>(p.channels * p.taps()), db = poisoned_buffer<T>(p.channels);
+  kernels.forward(p, x.get(), w.get(), bias.get(), y.get(), 0, p.batch * p.channels);
+  kernels.backward(p, dy.get(), x.get(), w.get(), dx.get(), dw.get(), db.get(), 0, p.channels);
+  const auto values = [](const Buffer<T>& buffer, int64_t size) {
+    std::vector<double> all;
+    for (int64_t k = 0; k < size; ++k) all.push_back(value(buffer[k]));
+    return all;
+  };
+  const auto want_y = values(channels_last(y.get(), p.batch, p.channels, p.out_size()), y_size);
+  const auto want_dx = values(channels_last(dx.get(), p.batch, p.channels, p.in_size()), x_size);
+
+  const Buffer<T> x_last = channels_last(x.get(), p.batch, p.channels, p.in_size());
+  const Buffer<T> dy_last = channels_last(dy.get(), p.batch, p.channels, p.out_size());
+  const std::string name = isa + Element<T>::name + " nhwc C" + std::to_string(p.channels) + " K" +
+                           std::to_string(p.kernel_h) + "x" + std::to_string(p.kernel_w) + " s" +
+                           std::to_string(p.stride_h) + std::to_string(p.stride_w) + " " + std::to_string(p.in_h) +
+                           "x" + std::to_string(p.in_w);
+  const double margin = sizeof(T) == 2 ? 4 : 1;  // both sides are rounded to T
+  const int64_t out_rows = p.batch * p.out_h, rows = p.batch * p.in_h;
+  Buffer<T> got = poisoned_buffer<T>(y_size);
+  kernels.nhwc_forward(p, x_last.get(), w.get(), bias.get(), got.get(), 0, out_rows / 3);
+  kernels.nhwc_forward(p, x_last.get(), w.get(), bias.get(), got.get(), out_rows / 3, out_rows);
+  expect_close("forward " + name, got.get(), want_y, p.taps(), margin);
+
+  const int64_t chunks = 3, totals_size = (p.taps() + 1) * p.channels;
+  for (const bool wanted : {true, false}) {
+    std::vector<double> totals(chunks * totals_size);
+    got = poisoned_buffer<T>(x_size);
+    for (int64_t k = 0; k < chunks; ++k) {
+      double* sums = totals.data() + k * totals_size;
+      kernels.nhwc_backward(p, dy_last.get(), x_last.get(), w.get(), wanted ? got.get() : nullptr, sums,
+                            rows * k / chunks, rows * (k + 1) / chunks);
+      kernels.nhwc_bias(p, dy_last.get(), sums + p.taps() * p.channels, out_rows * k / chunks,
+                        out_rows * (k + 1) / chunks);
+    }
+    Buffer<T> got_dw = poisoned_buffer<T>(p.channels * p.taps()), got_db = poisoned_buffer<T>(p.channels);
+    kernels.nhwc_reduce(p, totals.data(), chunks, got_dw.get(), wanted ? got_db.get() : nullptr);
+    if (wanted) expect_close("dx " + name, got.get(), want_dx, p.taps(), margin);
+    expect_close("dW " + name, got_dw.get(), values(dw, p.channels * p.taps()), p.batch * p.out_size(), margin);
+    if (wanted) expect_close("dbias " + name, got_db.get(), values(db, p.channels), p.batch * p.out_size(), margin);
+  }
+}
+
 template <typename T>
 void test_refocus(const refconv::cpu::RefocusKernels<T>& kernels, const std::string& isa, const RefocusProblem& p) {
   const int64_t size = p.kernel_size(), length = p.row_length(), k = p.map_size;
@@ -242,6 +303,28 @@ void test_depthwise_all(const refconv::cpu::InstructionSet& set) {
 }
 
 template <typename T>
+void test_nhwc_all(const refconv::cpu::InstructionSet& set) {
+  const auto& kernels = set.kernels.depthwise<T>();
+  const std::string isa = set.name;
+  for (const int64_t channels : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33}) {  // straddle the vectors
+    test_nhwc(kernels, isa, depthwise(channels, 1, 6, 11, 3, 3, 1, 1, 1, 1, 1, 1));
+    test_nhwc(kernels, isa, depthwise(channels, 1, 9, 10, 3, 3, 2, 2, 1, 1, 1, 1));
+  }
+  for (const int64_t width : {1, 3, 4, 5, 7, 8, 9, 16, 17, 27}) {  // straddle the pixels at once
+    for (const int64_t kernel : {1, 2, 5, 7}) {
+      test_nhwc(kernels, isa, depthwise(5, 1, 6, width, kernel, kernel, 1, 1, kernel / 2, kernel / 2, 1, 1));
+      test_nhwc(kernels, isa, depthwise(5, 1, 8, 2 * width, kernel, kernel, 2, 2, kernel / 2, kernel / 2, 1, 1));
+    }
+    test_nhwc(kernels, isa, depthwise(5, 1, 7, width, 3, 5, 2, 1, 0, 4, 2, 2));
+  }
+  test_nhwc(kernels, isa, depthwise(4, 1, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
+  test_nhwc(kernels, isa, depthwise(2, 1, 3, 3, 2, 2, 5, 5, 0, 0, 1, 1));
+  test_nhwc(kernels, isa, depthwise(2, 1, 13, 14, 4, 6, 4, 6, 1, 2, 6, 4));
+  test_nhwc(kernels, isa, depthwise(3, 1, 20, 40, 11, 31, 1, 1, 5, 15, 1, 1));
+  test_nhwc(kernels, isa, depthwise(3, 1, 9, 1100, 3, 3, 1, 1, 1, 1, 1, 1));  // several strips of rows
+}
+
+template <typename T>
 void test_refocus_all(const refconv::cpu::InstructionSet& set) {
   const auto& kernels = set.kernels.refocus<T>();
   const std::string isa = set.name;
@@ -267,6 +350,10 @@ int main() {
     test_depthwise_all<double>(*set);
     test_depthwise_all<BFloat16>(*set);
     test_depthwise_all<Half>(*set);
+    test_nhwc_all<float>(*set);
+    test_nhwc_all<double>(*set);
+    test_nhwc_all<BFloat16>(*set);
+    test_nhwc_all<Half>(*set);
     test_refocus_all<float>(*set);
     test_refocus_all<double>(*set);
     std::printf("%s: done\n", set->name);

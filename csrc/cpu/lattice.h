@@ -1,0 +1,34 @@
+// The pixels of x that meet the same taps of a strided convolution.
+#pragma once
+
+#include <cstdint>
+
+#ifndef REFCONV_ISA
+#error "compiled once per instruction set, see CMakeLists.txt"
+#endif
+
+namespace refconv::cpu::REFCONV_ISA {
+namespace {
+
+// In one direction: the taps that the pixels s * v + f of the lattice f see, from the last to the first, and the
+// pixel of dy that pixel v = 0 meets at the last of them. From tap to tap, dy moves by `shift` to larger indices.
+struct LatticeTaps {
+  int64_t count, last, step, first_dy, shift;
+};
+
+inline LatticeTaps lattice_taps(int64_t f, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  LatticeTaps taps{0, 0, stride, 0, dilation};
+  for (int64_t d = 2; d <= taps.step && d <= dilation; ++d) {  // step = stride / gcd, shift = dilation / gcd
+    while (taps.step % d == 0 && taps.shift % d == 0) taps.step /= d, taps.shift /= d;
+  }
+  for (int64_t t = 0; t < kernel; ++t) {
+    if ((f + pad - t * dilation) % stride != 0) continue;
+    ++taps.count;
+    taps.last = t;
+    taps.first_dy = (f + pad - t * dilation) / stride;
+  }
+  return taps;
+}
+
+}  // namespace
+}  // namespace refconv::cpu::REFCONV_ISA
