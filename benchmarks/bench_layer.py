@@ -15,16 +15,18 @@ from benchmarks.formulations import FORMULATIONS, float64_reference, layer_formu
 from benchmarks.layers import Layer, distinct
 
 LAYERS = distinct()
+CHANNELS_LAST = {"MobileNetV2", "ConvNeXt-T"}  # the networks measured in that memory format too
 
 
 class _Case:
     """The formulations of one layer, their input, and the agreement required of them."""
 
-    def __init__(self, layer: Layer, batch: int, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Layer, layout: torch.memory_format, batch: int, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         arguments = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
         self.modules = layer_formulations(nn.Conv2d(*arguments, groups=layer.groups, bias=False, dtype=dtype))
-        self.input = torch.randn(batch, layer.in_channels, layer.height, layer.width, dtype=dtype)
+        input = torch.randn(batch, layer.in_channels, layer.height, layer.width, dtype=dtype)
+        self.input = input.contiguous(memory_format=layout)
         self.input.requires_grad_(not layer.is_stem)
         self.grad = torch.randn_like(self.modules["plain"](self.input))
         exact = float64_reference(self.modules["two_convolutions"])
@@ -50,13 +52,16 @@ class _Case:
 _case = functools.lru_cache(maxsize=1)(_Case)
 
 
-@pytest.mark.parametrize("formulation", FORMULATIONS)
-@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.label)
-def test_layer(
-    layer: Layer, mode: str, formulation: str, batch: int, dtype: torch.dtype, measure: Callable[..., Any]
+def _measure(
+    layer: Layer,
+    layout: torch.memory_format,
+    mode: str,
+    formulation: str,
+    batch: int,
+    dtype: torch.dtype,
+    measure: Callable[..., Any],
 ) -> None:
-    case = _case(layer, batch, dtype)
+    case = _case(layer, layout, batch, dtype)
     module, input = case.modules[formulation], case.input
     case.agreement.require(formulation, case.results(module, input))
     wanted = list(case.wanted(module, input).values())
@@ -70,7 +75,7 @@ def test_layer(
     measure(
         forward if mode == "forward" else both,
         kind="layer",
-        mode=mode,
+        mode=mode if layout is torch.contiguous_format else f"{mode}, channels_last",
         shape=layer.label,
         case=layer.case,
         networks=LAYERS[layer],
@@ -79,3 +84,25 @@ def test_layer(
         batch=batch,
         bytes=layer.layer_bytes(batch, dtype.itemsize, mode != "forward", formulation != "plain"),
     )
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.label)
+def test_layer(
+    layer: Layer, mode: str, formulation: str, batch: int, dtype: torch.dtype, measure: Callable[..., Any]
+) -> None:
+    _measure(layer, torch.contiguous_format, mode, formulation, batch, dtype, measure)
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+@pytest.mark.parametrize(
+    "layer",
+    [layer for layer, networks in LAYERS.items() if layer.case == "depthwise" and set(networks) & CHANNELS_LAST],
+    ids=lambda layer: layer.label,
+)
+def test_layer_channels_last(
+    layer: Layer, mode: str, formulation: str, batch: int, dtype: torch.dtype, measure: Callable[..., Any]
+) -> None:
+    _measure(layer, torch.channels_last, mode, formulation, batch, dtype, measure)

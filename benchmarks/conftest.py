@@ -25,7 +25,7 @@ LOAD = pytest.StashKey[float | None]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("refconv benchmarks")
-    group.addoption("--batch", type=int, default=4, help="images per layer benchmark (default: 4)")
+    group.addoption("--batch", type=int, default=16, help="images per layer benchmark (default: 16)")
     group.addoption("--threads", type=int, default=None, help="threads of PyTorch (default: PyTorch's choice)")
     group.addoption("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-KINDS = ("weight transform", "layer", "training step")
+KINDS = ("weight transform", "layer", "bandwidth", "training step")
+BASELINES = ("plain", "two_convolutions", "copy")
 CASES = ("depthwise", "groupwise", "dense")
 MISSING = "-"
 LEGEND = (
     "Times are the shortest of their rounds, in ms, with warm caches. A ratio is another formulation's time divided by "
-    "ours in the same run: above 1, ours is faster. GB/s: bytes that ours must move at least, by its time."
+    "ours in the same run: above 1, ours is faster. GB/s: bytes that ours must move at least, by its time. Under "
+    "bandwidth, copy is a clone() of as many bytes, so copy/ours is the share of the copy's bandwidth."
 )
 
 
@@ -42,16 +44,37 @@ class Row:
 
 def read_rows(run: dict[str, Any]) -> list[Row]:
     """The groups of a pytest-benchmark file, in the order of their measurement."""
-    rows: dict[str, Row] = {}
+    rows: dict[tuple[str, str], Row] = {}
     for benchmark in run["benchmarks"]:
         info = benchmark["extra_info"]
+        if "peak_bytes" in info:
+            continue
         row = rows.setdefault(
-            benchmark["group"], Row(*(info[key] for key in ("kind", "mode", "shape", "case", "networks")))
+            (benchmark["group"], info["mode"]), Row(*(info[key] for key in ("kind", "mode", "shape", "case", "networks")))
         )
         row.seconds[info["formulation"]] = benchmark["stats"]["min"]
         if info["formulation"] == "ours":
             row.bytes = info["bytes"]
     return list(rows.values())
+
+
+def _memory(run: dict[str, Any]) -> list[list[str]]:
+    """One line per network whose peak memory was measured; MB of 10^6 bytes."""
+    networks: dict[str, dict[str, int]] = {}
+    for info in (benchmark["extra_info"] for benchmark in run["benchmarks"]):
+        if "peak_bytes" in info:
+            peaks = networks.setdefault(info["shape"], {})
+            peaks[info["formulation"]] = info["peak_bytes"]
+            if info["formulation"] == "ours":
+                peaks["refocus"] = info["refocus_bytes"]
+    table = [["training step", "plain", "two_convolutions", "ours", "ours - plain", "W_r, its gradient, momentum"]]
+    for name, peaks in networks.items():
+        ours, plain = peaks.get("ours"), peaks.get("plain")
+        more = None if ours is None or plain is None else ours - plain
+        refocus = peaks.get("refocus")
+        figures = (plain, peaks.get("two_convolutions"), ours, more, None if refocus is None else 3 * refocus)
+        table.append([name, *(_number(None if figure is None else figure / 1e6, 1) for figure in figures)])
+    return table
 
 
 def geometric_mean(ratios: Iterable[float | None]) -> float | None:
@@ -93,7 +116,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def _detail(rows: Sequence[Row]) -> list[list[str]]:
     """One line per group, for groups of one kind and mode."""
-    baselines = [name for name in ("plain", "two_convolutions") if any(name in row.seconds for row in rows)]
+    baselines = [name for name in BASELINES if any(name in row.seconds for row in rows)]
     with_bytes = any(row.bytes for row in rows)
     table = [["shape", *baselines, "ours", *(f"{name}/ours" for name in baselines)]]
     table[0] += ["GB/s ours"] if with_bytes else []
@@ -121,7 +144,7 @@ def _means(rows: Sequence[Row]) -> list[list[str]]:
             **{f"all {case}": [row for row in rows if row.case == case] for case in CASES},
             **subsets,
         }
-    baselines = [name for name in ("plain", "two_convolutions") if any(name in row.seconds for row in rows)]
+    baselines = [name for name in BASELINES if any(name in row.seconds for row in rows)]
     table = [["geometric mean", "shapes", *(f"{name}/ours" for name in baselines)]]
     has_depthwise = any(row.case == "depthwise" for row in rows)
     table[0] += [f"{name}/ours, depthwise" for name in baselines if has_depthwise]
@@ -162,6 +185,9 @@ def report(run: dict[str, Any], markdown: bool = False) -> str:
         groups.setdefault((row.kind, row.mode), []).append(row)
     for (kind, mode), members in groups.items():
         lines += ["", f"{heading}{kind}, {mode}", "", *_format(_detail(members), markdown)]
+    memory = _memory(run)
+    if len(memory) > 1:
+        lines += ["", f"{heading}Peak memory above the start of the process, MB", "", *_format(memory, markdown)]
     for (kind, mode), members in groups.items():
         if len(members) > 1:
             lines += ["", f"{heading}Means of {kind}, {mode}", "", *_format(_means(members), markdown)]

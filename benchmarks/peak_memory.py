@@ -1,0 +1,56 @@
+"""``python -m benchmarks.peak_memory NETWORK FORMULATION``: peak memory of training steps, in a process of their own.
+
+Prints the peak resident bytes above those before the network was built, and the bytes of ``W_r``. Linux only.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.formulations import with_two_convolutions
+from benchmarks.networks import NETWORKS
+from refconv_kernels import RefConv2d, refocus
+
+STEPS = 3
+
+
+def _resident(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (peak), in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def _build(name: str, formulation: str) -> nn.Module:
+    plain = NETWORKS[name][0]()
+    if formulation == "plain":
+        return plain
+    ours = refocus(plain)
+    if formulation == "ours":
+        return ours
+    return with_two_convolutions(plain, {n for n, m in ours.named_modules() if isinstance(m, RefConv2d)})
+
+
+def main(name: str, formulation: str) -> None:
+    _, batch, size = NETWORKS[name]
+    warm = nn.Conv2d(8, 8, 3, groups=8)  # so that libraries are loaded and threads exist
+    warm(torch.randn(2, 8, 8, 8)).sum().backward()
+    before = _resident("VmRSS")
+    model = _build(name, formulation)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, fused=True)
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    refocusing = sum(m.transform.weight.nbytes for m in model.modules() if isinstance(m, RefConv2d))
+    print(_resident("VmHWM") - before, refocusing)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
