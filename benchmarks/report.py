@@ -50,7 +50,8 @@ def read_rows(run: dict[str, Any]) -> list[Row]:
         if "peak_bytes" in info:
             continue
         row = rows.setdefault(
-            (benchmark["group"], info["mode"]), Row(*(info[key] for key in ("kind", "mode", "shape", "case", "networks")))
+            (benchmark["group"], info["mode"]),
+            Row(*(info[key] for key in ("kind", "mode", "shape", "case", "networks"))),
         )
         row.seconds[info["formulation"]] = benchmark["stats"]["min"]
         if info["formulation"] == "ours":

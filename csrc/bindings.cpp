@@ -216,7 +216,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad_
                   "grad_output must have the shape of the output");
   const bool nhwc = runs_nhwc(input, p);
   const Tensor dy = in_layout(grad_output, nhwc), x = in_layout(input, nhwc), w = torch::stable::contiguous(weight);
-  const Tensor grad_input = need_input ? feature_map(x, p.batch, p.channels, p.in_h, p.in_w, nhwc) : torch::stable::new_empty(x, {0});
+  const Tensor grad_input =
+      need_input ? feature_map(x, p.batch, p.channels, p.in_h, p.in_w, nhwc) : torch::stable::new_empty(x, {0});
   const Tensor grad_weight = torch::stable::new_empty(w, need_weight ? sizes_of(w) : Ints{0});
   const Tensor grad_bias = torch::stable::new_empty(w, {need_bias ? p.out_channels() : 0});
   for_storage_dtype(input, [&](auto type) {
@@ -228,9 +229,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad_
     if (nhwc) return nhwc_backward<S>(p, dy_data, x_data, w_data, dx, dw, db);
     const auto kernel = depthwise_kernels<S>(p, false).backward;
     const int64_t work = 2 * p.batch * p.multiplier * p.out_size() * p.taps();
-    parallel(p.channels, work, [&](int64_t begin, int64_t end) {
-      kernel(p, dy_data, x_data, w_data, dx, dw, db, begin, end);
-    });
+    parallel(p.channels, work,
+             [&](int64_t begin, int64_t end) { kernel(p, dy_data, x_data, w_data, dx, dw, db, begin, end); });
   });
   return {grad_input, grad_weight, grad_bias};
 }
@@ -302,9 +302,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refconv2d_backward(const Tensor& grad
                                                               int64_t group_size, int64_t map_size, Ints stride,
                                                               Ints padding, Ints dilation, bool need_input,
                                                               bool need_basis, bool need_refocus, bool need_bias) {
-  const auto [grad_input, grad_weight, grad_bias] =
-      depthwise_conv2d_backward(grad_output, input, transformed, stride, padding, dilation, need_input,
-                                need_basis || need_refocus, need_bias);
+  const auto [grad_input, grad_weight, grad_bias] = depthwise_conv2d_backward(
+      grad_output, input, transformed, stride, padding, dilation, need_input, need_basis || need_refocus, need_bias);
   const Tensor grad_refocus = need_refocus ? refocus_weight_backward(grad_weight, basis, group_size, map_size)
                                            : torch::stable::new_empty(basis, {0});
   return {grad_input, grad_weight, grad_refocus, grad_bias};

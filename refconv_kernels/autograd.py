@@ -220,16 +220,17 @@ class RefConv2d(Function):
             wanted = need_input, need_basis or need_refocus, need_bias
             arguments = grad, input, transformed, *ctx.geometry, *wanted, ctx.backend
             grad_input, grad_weight, grad_bias = apply(DepthwiseConv2dBackward, *arguments)
-            grad_refocus = None
-            if need_refocus:
-                sizes = refocus.shape[1:3]
-                grad_refocus = apply(RefocusWeightBackward, grad_weight, basis, *sizes, ctx.backend)
+            sizes = refocus.shape[1:3]
+            grad_refocus = (
+                apply(RefocusWeightBackward, grad_weight, basis, *sizes, ctx.backend) if need_refocus else None
+            )
         else:
             run = KERNELS["refconv2d"][ctx.backend].backward
             arguments = grad, input, transformed, basis, *refocus.shape[1:3], *ctx.geometry, *needs
             grad_input, grad_weight, grad_refocus, grad_bias = run(*arguments)
-        grad_basis = None
+        grad_basis: Tensor | None = None
         if need_basis:
-            grad_basis, _ = reference.refocus_weight_backward(grad_weight, basis, refocus, ctx.identity, True, False)
+            needs_basis = (True, False)
+            grad_basis = reference.refocus_weight_backward(grad_weight, basis, refocus, ctx.identity, *needs_basis)[0]
         grads = (grad_input, grad_basis, grad_refocus, grad_bias)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5

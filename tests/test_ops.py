@@ -376,9 +376,11 @@ def test_auto_leaves_to_pytorch_what_pytorch_does_faster() -> None:
     x = torch.empty(1, 4, 7, 7)
     assert ops.choose("depthwise_conv2d", x, torch.empty(4, 1, 3, 3), 4, 7) == "cpu"
     # Both steps in one call where both are ours, one by one where one is not.
-    assert ops.choose("refconv2d", torch.empty(1, 8, 7, 7), torch.empty(8, 1, 3, 3), torch.empty(8, 8, 3, 3), 8, 7) == "cpu"
+    assert (
+        ops.choose("refconv2d", torch.empty(1, 8, 7, 7), torch.empty(8, 1, 3, 3), torch.empty(8, 8, 3, 3), 8, 7)
+        == "cpu"
+    )
     assert ops.choose("refconv2d", x, torch.empty(4, 1, 3, 3), torch.empty(4, 4, 3, 3), 4, 7) == "reference"
-
 
 
 @pytest.mark.parametrize(

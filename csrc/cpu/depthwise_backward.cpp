@@ -3,104 +3,27 @@
 // Equations: csrc/problem.h. Ownership: one input channel per task, over the whole batch, so that dW and dbias are
 // private to it and summed in a fixed order: the result is the same for any number of threads.
 // Bytes: reads x and dy once, writes dx once.
-// Accumulation: dx in the compute type; dW and dbias in lanes of it over about a thousand terms, then in double.
+// Accumulation: dx in the compute type; dW and dbias in lanes of it, row by row and strip by strip within a plane, and
+// in double over the planes of about a thousand terms.
 //
 // Every pixel of x meets, for each tap, one pixel of dy: dx gains weight * dy and dW[tap] gains x * dy. With dy in
 // zero-padded scratch, one load of dy serves both. For a stride s, the pixels of x with equal remainders modulo s
 // (a lattice) share their taps and shifts, and along the lattice dy advances pixel by pixel: stride 1 and any other
 // stride and dilation are the same loops. A pass holds as many taps in registers as fit.
+#include "depthwise_pass.h"
+#include "elements.h"
 #include "entry_points.h"
 #include "lattice.h"
 #include "scratch.h"
 #include "simd.h"
+#include "streaming.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-constexpr int kMaxTaps = kVectorRegisters == 32 ? 9 : 6;  // of one pass: twice that many registers
-constexpr int kMaxTapRows = 3, kMaxTapColumns = 7;
-constexpr int64_t kTotalsBytes = 32768;   // of running weight gradients per thread: the first cache
-constexpr int64_t kStripBytes = 24576;    // of x, dx and dy between two passes: the first cache
-constexpr int64_t kTermsInLanes = 1024;   // added up in one lane before they move on to a double
-
-// Some taps of one lattice over some rows of it. Steps lead from one tap to the next in the order of LatticeTaps.
-template <typename T>
-struct Pass {
-  const T* dy;  // what lattice pixel (0, 0) meets at the first tap
-  int64_t dy_pitch, dy_row_step, dy_column_step;
-  const T* x;
-  T* dx;
-  int64_t x_pitch, rows, columns;
-  const T* weight;
-  int64_t weight_row_step, weight_column_step;
-  T* total;  // [taps][lanes], in the order of the weights
-  bool accumulate;
-};
-
-template <typename T, int ROWS, int COLUMNS>
-void run_pass(const Pass<T>& pass) {
-  constexpr int kTaps = ROWS * COLUMNS;
-  constexpr int64_t kLane = kLanes<T>;
-  const Pass<T> q = pass;  // a copy that no store can change
-  const auto tap = [&](int n) { return n / COLUMNS * q.weight_row_step + n % COLUMNS * q.weight_column_step; };
-  Vec<T> weight[kTaps], total[kTaps];
-#pragma GCC unroll 16
-  for (int n = 0; n < kTaps; ++n) {
-    weight[n] = broadcast(q.weight[tap(n)]);
-    total[n] = load(q.total + tap(n) * kLane);
-  }
-  const T* dx_end = q.dx + q.rows * q.x_pitch;
-  for (int64_t u = 0; u < q.rows; ++u) {
-    const T* x_row = q.x + u * q.x_pitch;
-    T* dx_row = q.dx + u * q.x_pitch;
-    const T* dy_row = q.dy + u * q.dy_pitch;
-    const auto meet = [&](int64_t v, Vec<T> x, Vec<T> sum) {
-#pragma GCC unroll 16
-      for (int n = 0; n < kTaps; ++n) {
-        const Vec<T> dy =
-            in_register(load(dy_row + n / COLUMNS * q.dy_row_step + n % COLUMNS * q.dy_column_step + v));
-        sum += weight[n] * dy;
-        total[n] += x * dy;
-      }
-      return sum;
-    };
-    int64_t v = 0;
-    for (; v + kLane <= q.columns; v += kLane) {
-      store(dx_row + v, meet(v, load(x_row + v), q.accumulate ? load(dx_row + v) : Vec<T>{}));
-    }
-    if (v == q.columns) continue;
-    const int64_t left = q.columns - v;
-    const Vec<T> x = load_partial(x_row + v, left);
-    if (q.accumulate) {
-      store_partial(dx_row + v, meet(v, x, load_partial(dx_row + v, left)), left);
-    } else {
-      store_ahead(dx_row + v, meet(v, x, Vec<T>{}), left, dx_end);
-    }
-  }
-#pragma GCC unroll 16
-  for (int n = 0; n < kTaps; ++n) store(q.total + tap(n) * kLane, total[n]);
-}
-
-template <typename T>
-using RunPass = void (*)(const Pass<T>&);
-
-template <typename T, int ROWS>
-RunPass<T> pass_of(int64_t columns) {
-  switch (columns) {
-    case 1: return run_pass<T, ROWS, 1>;
-    case 2: return run_pass<T, ROWS, 2>;
-    case 3: return run_pass<T, ROWS, 3>;
-    case 4: return run_pass<T, ROWS, 4>;
-    case 5: return run_pass<T, ROWS, ROWS * 5 <= kMaxTaps ? 5 : 1>;
-    case 6: return run_pass<T, ROWS, ROWS * 6 <= kMaxTaps ? 6 : 1>;
-    default: return run_pass<T, ROWS, ROWS == 1 ? 7 : 1>;
-  }
-}
-
-template <typename T>
-RunPass<T> pass_of(int64_t rows, int64_t columns) {
-  return rows == 1 ? pass_of<T, 1>(columns) : rows == 2 ? pass_of<T, 2>(columns) : pass_of<T, 3>(columns);
-}
+constexpr int64_t kTotalsBytes = 32768;  // of running weight gradients per thread: the first cache
+constexpr int64_t kStripBytes = 24576;   // of x, dx and dy between two passes: the first cache
+constexpr int64_t kTermsInLanes = 1024;  // added up in one lane before they move on to a double
 
 // The backward of one call: scratch planes, where things lie in them, and the passes over a plane.
 template <typename S>
@@ -112,6 +35,7 @@ class Backward {
       : p_(p),
         in_place_(p.stride_w == 1 && p.stride_h == 1 && p.taps() <= kMaxTaps && p.kernel_h <= kMaxTapRows &&
                   sizeof(S) == sizeof(T)),
+        streamed_(streams(p.batch * p.channels * p.in_size() * static_cast<int64_t>(sizeof(S)))),
         top_((p.kernel_h - 1) * p.dilation_h / p.stride_h),
         left_((p.kernel_w - 1) * p.dilation_w / p.stride_w),
         rows_(ceil_div(p.in_h, p.stride_h)),
@@ -119,10 +43,13 @@ class Backward {
         dy_rows_(top_ + most(p.out_h, rows_ + (p.stride_h - 1 + p.pad_h) / p.stride_h)),
         dy_pitch_(most(left_ + p.out_w, columns_ + (p.stride_w - 1 + p.pad_w) / p.stride_w)),
         flat_(!in_place_ && dy_pitch_ <= round_up(columns_, kLanes<T>)),
-        x_pitch_(in_place_ ? p.in_w : flat_ ? dy_pitch_ : round_up(columns_, kLanes<T>)),
+        x_pitch_(in_place_ ? p.in_w
+                 : flat_   ? dy_pitch_
+                           : round_up(columns_, kLanes<T>)),
         lattice_size_(rows_ * x_pitch_ + kSlack),
         x_(in_place_ ? 0 : p.stride_h * p.stride_w * lattice_size_),
         dx_(in_place_ ? 0 : p.stride_h * p.stride_w * lattice_size_),
+        plane_(!in_place_ && streamed_ ? p.in_size() : 0),
         dy_((dy_rows_ + 1) * dy_pitch_ + left_ + kSlack),
         weight_(p.taps()),
         passes_(p.taps() + p.stride_h * p.stride_w) {
@@ -169,6 +96,8 @@ class Backward {
         pass.weight = weight_.data() + planned.tap;
         pass.total = total + planned.tap * kLanes<T>;
         pass.accumulate = planned.accumulate || !first;
+        pass.around = in_place_ && streamed_ && p_.multiplier == 1 && columns_ % kLanes<T> == 0 &&
+                      reinterpret_cast<uintptr_t>(pass.dx) % sizeof(Vec<T>) == 0;
         if (planned.run != nullptr) {
           planned.run(pass);
         } else if (first) {
@@ -179,10 +108,13 @@ class Backward {
   }
 
   // After the last run_plane for a plane of x.
-  void finish(S* grad_x) const {
-    for (int64_t i = 0; !in_place_ && i < p_.in_h; ++i) {
-      merge_row(dx_.data() + row_offset(i), grad_x + i * p_.in_w, grad_x + p_.in_size());
+  void finish(S* grad_x) {
+    if (in_place_) return;
+    S* to = streamed_ ? plane_.data() : grad_x;
+    for (int64_t i = 0; i < p_.in_h; ++i) {
+      merge_row(dx_.data() + row_offset(i), to + i * p_.in_w, to + p_.in_size());
     }
+    if (streamed_) stream(grad_x, to, p_.in_size());
   }
 
  private:
@@ -217,8 +149,8 @@ class Backward {
         const int64_t tap_columns = least(columns.count - b, kMaxTapColumns);
         planned.run = pass_of<T>(tap_rows, tap_columns);
         planned.tap = (rows.last - a * rows.step) * p_.kernel_w + columns.last - b * columns.step;
-        planned.dy_offset = (top_ + rows.first_dy + a * rows.shift) * dy_pitch_ + left_ + columns.first_dy +
-                            b * columns.shift;
+        planned.dy_offset =
+            (top_ + rows.first_dy + a * rows.shift) * dy_pitch_ + left_ + columns.first_dy + b * columns.shift;
         passes_[pass_count_++] = planned;
         planned.accumulate = true;
       }
@@ -230,13 +162,15 @@ class Backward {
   void copy_in(const S* grad_y, T* bias_total) {
     Vec<T> sum = {};
     for (int64_t i = 0; i < p_.out_h; ++i) {
+      Vec<T> row = {};
       const S* from = grad_y + i * p_.out_w;
       T* to = dy_.data() + (top_ + i) * dy_pitch_ + left_;
       for (int64_t j = 0; j < p_.out_w; j += kLanes<T>) {
         const Vec<T> v = load_lanes(from + j, p_.out_w - j);
-        sum += v;
+        row += v;
         store(to + j, v);  // zeros beyond the row
       }
+      sum += row;
     }
     if (bias_total != nullptr) store(bias_total, load(bias_total) + sum);
   }
@@ -278,6 +212,7 @@ class Backward {
 
   const DepthwiseProblem& p_;
   const bool in_place_;  // x and dx need no scratch: one pass does everything
+  const bool streamed_;  // dx is written around the cache
   // Rows and columns of one lattice, of the zeros before dy, and of the padded dy. The zeros behind a row of dy are
   // those before the next one.
   const int64_t top_, left_, rows_, columns_, dy_rows_, dy_pitch_;
@@ -285,7 +220,10 @@ class Backward {
   // more vectors, the rows of a lattice are one long row.
   const bool flat_;
   const int64_t x_pitch_, lattice_size_;
-  Scratch<T> x_, dx_, dy_, weight_;
+  Scratch<T> x_, dx_;
+  Scratch<S> plane_;  // of dx, before it is streamed
+  Scratch<T> dy_, weight_;
+
   Scratch<PlannedPass> passes_;
   int64_t pass_count_ = 0, strip_ = 0;
   const T* x_source_ = nullptr;
@@ -377,6 +315,7 @@ void depthwise_backward(const DepthwiseProblem& p, const S* grad_y, const S* x, 
       if (!finite) exact_weight_gradient(p, grad_y, x, out_channel, grad_weight + out_channel * p.taps());
     }
   }
+  end_streams();
 }
 
 REFCONV_INSTANTIATE_DEPTHWISE_BACKWARD(float)

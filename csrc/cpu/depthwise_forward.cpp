@@ -7,9 +7,11 @@
 // remainder modulo stride_w: every tap of every output row is then one contiguous vector load, for any stride,
 // dilation and padding. Square kernels of 3, 5 and 7 with vertical stride 1 or 2 and no vertical dilation compute a
 // block of output rows and columns at once, so that a loaded vector and a loaded weight serve several outputs.
+#include "elements.h"
 #include "entry_points.h"
 #include "scratch.h"
 #include "simd.h"
+#include "streaming.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
@@ -197,9 +199,8 @@ void depthwise_forward(const DepthwiseProblem& p, const S* x, const S* weight, c
     for (int64_t t = 0; t < p.taps(); ++t) kernel[t] = load_one(weight + out_channel * p.taps() + t);
     S* target = y + task * p.out_size();
     S* to = streamed ? out.data() : target;
-    run({p, plane, offsets.data(), scratch.data(), kernel.data(),
-         bias != nullptr ? load_one(bias + out_channel) : T(0), to, to + p.out_size(),
-         x + source * p.in_size() + (task + 1 < end ? p.in_size() : 0)});
+    run({p, plane, offsets.data(), scratch.data(), kernel.data(), bias != nullptr ? load_one(bias + out_channel) : T(0),
+         to, to + p.out_size(), x + source * p.in_size() + (task + 1 < end ? p.in_size() : 0)});
     if (streamed) stream(target, to, p.out_size());
   }
   if (streamed) end_streams();

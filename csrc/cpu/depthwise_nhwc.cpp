@@ -7,16 +7,18 @@
 // that does not depend on the threads and added up in order: the result is the same for any number of them.
 // Bytes: forward reads x and writes y once; backward reads x and dy once and writes dx once.
 // Accumulation: y and dx in the compute type; dW and dbias in it over a strip of rows, then in double.
+#include "elements.h"
 #include "entry_points.h"
 #include "lattice.h"
 #include "scratch.h"
 #include "simd.h"
+#include "streaming.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
 constexpr int kPixels = kVectorRegisters == 32 ? 8 : 4;  // at once; backward holds twice as many vectors
-constexpr int64_t kStripTerms = 1024;  // added up in one lane before they move on to a double
+constexpr int64_t kStripTerms = 1024;                    // added up in one lane before they move on to a double
 
 // FULL: all lanes are channels; otherwise the first `count`.
 template <bool FULL, typename S>
@@ -32,11 +34,12 @@ inline void store_channels(S* to, Vec<Compute<S>> v, int64_t count, bool around_
   FULL ? store(to, v) : store_partial(to, v, count);
 }
 
-// Whether an output is large enough to be written around the cache, and made of whole aligned vectors.
+// Whether an output is large enough to be written around the cache, and made of whole aligned vectors that fill lines.
 template <typename S>
 bool around_cache(const DepthwiseProblem& p, const S* output, int64_t pixels) {
   const int64_t vector = kLanes<Compute<S>> * static_cast<int64_t>(sizeof(S));
-  return streams(pixels * p.channels * static_cast<int64_t>(sizeof(S))) && p.channels % kLanes<Compute<S>> == 0 &&
+  return vector == 64 && streams(pixels * p.channels * static_cast<int64_t>(sizeof(S))) &&
+         p.channels % kLanes<Compute<S>> == 0 &&
          reinterpret_cast<uintptr_t>(output) % static_cast<uintptr_t>(vector) == 0;
 }
 
@@ -162,7 +165,8 @@ inline void meet(const DepthwiseProblem& p, const TapMajor<S>& weight, const See
   }
   for (int64_t a = seen.window.top; a < seen.window.bottom; ++a) {
     for (int64_t b = seen.window.left; b < seen.window.right; ++b) {
-      const int64_t tap = (seen.rows.last - a * seen.rows.step) * p.kernel_w + seen.columns.last - b * seen.columns.step;
+      const int64_t tap =
+          (seen.rows.last - a * seen.rows.step) * p.kernel_w + seen.columns.last - b * seen.columns.step;
       const S* from = dy + (a * seen.rows.shift * p.out_w + b * seen.columns.shift) * p.channels + c;
       const Vec<T> w = in_register(load(weight.at(tap, c)));
       T* tap_total = total + tap * weight.channels() + c;

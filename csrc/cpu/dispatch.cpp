@@ -6,9 +6,9 @@
 
 namespace refconv::cpu {
 
-#define REFCONV_DECLARE_ISA(isa)  \
-  namespace isa {                 \
-  extern const Kernels kernels;   \
+#define REFCONV_DECLARE_ISA(isa) \
+  namespace isa {                \
+  extern const Kernels kernels;  \
   }
 
 REFCONV_DECLARE_ISA(portable)

@@ -44,11 +44,12 @@ void refocus_backward(const RefocusProblem& p, const T* grad_transformed, const 
   template void depthwise_backward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, S*, S*, int64_t, \
                                       int64_t);
 
-#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC(S)                                                                          \
-  template void depthwise_nhwc_forward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, int64_t, int64_t); \
-  template void depthwise_nhwc_backward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, double*,         \
-                                           int64_t, int64_t);                                                          \
-  template void depthwise_nhwc_bias<S>(const DepthwiseProblem&, const S*, double*, int64_t, int64_t);                  \
+#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC(S)                                                                  \
+  template void depthwise_nhwc_forward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, int64_t,  \
+                                          int64_t);                                                            \
+  template void depthwise_nhwc_backward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, double*, \
+                                           int64_t, int64_t);                                                  \
+  template void depthwise_nhwc_bias<S>(const DepthwiseProblem&, const S*, double*, int64_t, int64_t);          \
   template void depthwise_nhwc_reduce<S>(const DepthwiseProblem&, const double*, int64_t, S*, S*);
 
 #define REFCONV_INSTANTIATE_REFOCUS(T)                                                               \

@@ -39,8 +39,7 @@ struct DepthwiseKernels {
 template <typename T>
 struct RefocusKernels {
   // Tasks: the 2-D kernels.
-  void (*forward)(const RefocusProblem&, const T* basis, const T* refocus, T* transformed, int64_t begin,
-                  int64_t end);
+  void (*forward)(const RefocusProblem&, const T* basis, const T* refocus, T* transformed, int64_t begin, int64_t end);
   void (*backward)(const RefocusProblem&, const T* grad_transformed, const T* basis, T* grad_refocus, int64_t begin,
                    int64_t end);
 };

@@ -7,6 +7,7 @@
 // In a group of one kernel, W_t and dW_r are the same sum with their roles exchanged: with B[s][t] the pixel of W_b
 // that tap s sees from position t (zero outside), W_t[t] = sum_s W_r[s] B[s][t] and dW_r[s] = sum_t dW_t[t] B[s][t].
 // Where a vector holds a whole kernel, B[s] is one permutation of its lanes. Everything else is scalar code.
+#include "elements.h"
 #include "entry_points.h"
 #include "refocus.h"
 #include "simd.h"

@@ -6,10 +6,12 @@
 // Bytes: forward reads W_r once, backward writes dW_r once; U is rebuilt per thread and call, and stays in cache.
 // Multiply-adds: K_h * K_w for each entry of W_r, so at K = 3 and 4 bytes both bounds are close to each other.
 // Accumulation: in T, lane by lane along the row; the lanes in double.
+#include "elements.h"
 #include "entry_points.h"
 #include "refocus.h"
 #include "scratch.h"
 #include "simd.h"
+#include "streaming.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {

@@ -44,8 +44,8 @@ struct Element16 {
   static double value(T x) {
     const int exponent = (x.bits & 0x7fff) >> fraction, rest = x.bits & ((1 << fraction) - 1);
     if (exponent == 0x7fff >> fraction) return rest != 0 ? std::nan("") : HUGE_VAL;
-    const double magnitude = exponent == 0 ? std::ldexp(rest * epsilon, smallest)
-                                           : std::ldexp(1 + rest * epsilon, exponent - 1 + smallest);
+    const double magnitude =
+        exponent == 0 ? std::ldexp(rest * epsilon, smallest) : std::ldexp(1 + rest * epsilon, exponent - 1 + smallest);
     return x.bits & 0x8000 ? -magnitude : magnitude;
   }
   static T nearest(double x) {
@@ -160,8 +160,8 @@ void test_depthwise(const refconv::cpu::DepthwiseKernels<T>& kernels, const std:
     Buffer<T> dx = poisoned_buffer<T>(x_size), dw = poisoned_buffer<T>(w_size);
     Buffer<T> db = poisoned_buffer<T>(p.out_channels());
     const auto run = [&](int64_t begin, int64_t end) {
-      kernels.backward(p, dy.get(), x.get(), w.get(), wanted & 1 ? dx.get() : nullptr,
-                                 wanted & 2 ? dw.get() : nullptr, wanted & 4 ? db.get() : nullptr, begin, end);
+      kernels.backward(p, dy.get(), x.get(), w.get(), wanted & 1 ? dx.get() : nullptr, wanted & 2 ? dw.get() : nullptr,
+                       wanted & 4 ? db.get() : nullptr, begin, end);
     };
     run(0, channel_cut);
     run(channel_cut, p.channels);
@@ -293,8 +293,8 @@ void test_depthwise_all(const refconv::cpu::InstructionSet& set) {
     test_depthwise(kernels, isa, depthwise(2, 1, 7, width, 3, 5, 2, 1, 0, 4, 2, 2));
   }
   test_depthwise(kernels, isa, depthwise(4, 3, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
-  test_depthwise(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));  // more padding than kernel
-  test_depthwise(kernels, isa, depthwise(1, 1, 3, 3, 2, 2, 5, 5, 0, 0, 1, 1));  // stride beyond the kernel
+  test_depthwise(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));    // more padding than kernel
+  test_depthwise(kernels, isa, depthwise(1, 1, 3, 3, 2, 2, 5, 5, 0, 0, 1, 1));    // stride beyond the kernel
   test_depthwise(kernels, isa, depthwise(1, 2, 13, 14, 4, 6, 4, 6, 1, 2, 6, 4));  // strides and dilations in common
   test_depthwise(kernels, isa, depthwise(1, 1, 20, 40, 11, 31, 1, 1, 5, 15, 1, 1));
   test_depthwise(kernels, isa, depthwise(1, 1, 40, 20, 3, 3, 1, 3, 4, 4, 4, 4));
@@ -342,6 +342,15 @@ void test_refocus_all(const refconv::cpu::InstructionSet& set) {
   }
 }
 
+// Outputs large enough to be written around the cache.
+void test_large(const refconv::cpu::InstructionSet& set) {
+  const auto& kernels = set.kernels.depthwise<float>();
+  test_depthwise(kernels, set.name, depthwise(4, 1, 512, 1040, 3, 3, 1, 1, 1, 1, 1, 1));
+  test_depthwise(kernels, set.name, depthwise(4, 1, 512, 1033, 3, 3, 2, 2, 1, 1, 1, 1));
+  test_nhwc(kernels, set.name, depthwise(32, 1, 256, 260, 3, 3, 1, 1, 1, 1, 1, 1));
+  test_refocus(set.kernels.refocus<float>(), set.name, RefocusProblem{352, 352, 3, 3, 3, true});
+}
+
 }  // namespace
 
 int main() {
@@ -356,6 +365,7 @@ int main() {
     test_nhwc_all<Half>(*set);
     test_refocus_all<float>(*set);
     test_refocus_all<double>(*set);
+    test_large(*set);
     std::printf("%s: done\n", set->name);
   }
   std::printf("%d checks, %d failed\n", checks, failures);

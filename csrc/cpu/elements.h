@@ -1,0 +1,132 @@
+// Loading and storing elements of the types that feature maps have: bfloat16 and float16 are converted on the way.
+#pragma once
+
+#include "../problem.h"
+#include "simd.h"
+
+namespace refconv::cpu::REFCONV_ISA {
+namespace {
+
+// --- elements stored in 16 bits ---
+
+typedef uint16_t Vec16 __attribute__((vector_size(REFCONV_VECTOR_BYTES / 2)));
+using VecBits = Vec<uint32_t>;
+
+inline Vec<float> widen(Vec16 v, const BFloat16*) { return (Vec<float>)(__builtin_convertvector(v, VecBits) << 16); }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline Vec16 narrow(Vec<float> v, const BFloat16*) {
+  const VecBits bits = (VecBits)v;
+  const VecBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, Vec16);
+}
+
+#if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
+inline Vec<float> widen(Vec16 v, const Half*) { return (Vec<float>)_mm512_cvtph_ps((__m256i)v); }
+inline Vec16 narrow(Vec<float> v, const Half*) {
+  return (Vec16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__F16C__)
+inline Vec<float> widen(Vec16 v, const Half*) { return (Vec<float>)_mm256_cvtph_ps((__m128i)v); }
+inline Vec16 narrow(Vec<float> v, const Half*) { return (Vec16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+inline Vec<float> widen(Vec16 v, const Half*) {
+  const VecBits half = __builtin_convertvector(v, VecBits), magnitude = half & 0x7fff;
+  // As the bits of a float, the magnitude is 2^112 too small, for subnormal numbers too.
+  const VecBits finite = (VecBits)((Vec<float>)(magnitude << 13) * 0x1p112f);
+  const VecBits other = (magnitude << 13) | 0x7f800000;
+  return (Vec<float>)((magnitude < 0x7c00 ? finite : other) | (half & 0x8000) << 16);
+}
+inline Vec16 narrow(Vec<float> v, const Half*) {
+  const VecBits bits = (VecBits)v, magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
+  const VecBits normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const VecBits subnormal = (VecBits)((Vec<float>)magnitude + 0.5f) - 0x3f000000;  // the addition rounds
+  const VecBits finite = magnitude < 0x38800000 ? subnormal : normal;
+  const VecBits beyond = v == v ? VecBits{} + 0x7c00 : VecBits{} + 0x7e00;
+  return __builtin_convertvector((magnitude < 0x47800000 ? finite : beyond) | sign, Vec16);
+}
+#endif
+
+inline Vec16 load_partial_16(const void* from, int64_t count) {
+#if defined(__AVX512VL__) && REFCONV_VECTOR_BYTES == 64
+  return (Vec16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_lanes(count)), from);
+#elif defined(__AVX512VL__)
+  return (Vec16)_mm_maskz_loadu_epi16(static_cast<__mmask8>(first_lanes(count)), from);
+#else
+  Vec16 v = {};
+  for (int64_t i = 0; i < kLanes<float> - 1; ++i) {
+    if (i < count) v[i] = static_cast<const uint16_t*>(from)[i];
+  }
+  return v;
+#endif
+}
+
+inline void store_partial_16(void* to, Vec16 v, int64_t count) {
+  for (int64_t i = 0; i < kLanes<float> - 1; ++i) {
+    if (i < count) static_cast<uint16_t*>(to)[i] = v[i];
+  }
+}
+
+#define REFCONV_16_BIT_ACCESS(S)                                                                                     \
+  inline Vec<float> load(const S* from) {                                                                            \
+    Vec16 v;                                                                                                         \
+    __builtin_memcpy(&v, from, sizeof(v));                                                                           \
+    return widen(v, from);                                                                                           \
+  }                                                                                                                  \
+  inline Vec<float> load_partial(const S* from, int64_t count) { return widen(load_partial_16(from, count), from); } \
+  inline void store(S* to, Vec<float> v) {                                                                           \
+    const Vec16 narrowed = narrow(v, to);                                                                            \
+    __builtin_memcpy(to, &narrowed, sizeof(narrowed));                                                               \
+  }                                                                                                                  \
+  inline void store_partial(S* to, Vec<float> v, int64_t count) { store_partial_16(to, narrow(v, to), count); }
+REFCONV_16_BIT_ACCESS(BFloat16)
+REFCONV_16_BIT_ACCESS(Half)
+#undef REFCONV_16_BIT_ACCESS
+
+// --- any number of lanes up to all ---
+
+template <typename S>
+inline Vec<Compute<S>> load_lanes(const S* from, int64_t count) {
+  return count >= kLanes<Compute<S>> ? load(from) : load_partial(from, count);
+}
+
+template <typename S>
+inline void store_lanes(S* to, Vec<Compute<S>> v, int64_t count) {
+  if (count >= kLanes<Compute<S>>) {
+    store(to, v);
+  } else {
+    store_partial(to, v, count);
+  }
+}
+
+// The first `count` lanes, and as much of the others as fits before `end`: for rows whose surplus is overwritten by
+// what is stored later. Masked stores are slow on some processors.
+template <typename S>
+inline void store_ahead(S* to, Vec<Compute<S>> v, int64_t count, const S* end) {
+  if (end - to >= kLanes<Compute<S>>) {
+    store(to, v);
+  } else {
+    store_lanes(to, v, count);
+  }
+}
+
+template <typename S>
+inline Compute<S> load_one(const S* from) {
+  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
+    return *from;
+  } else {
+    return load_partial(from, 1)[0];
+  }
+}
+
+template <typename S>
+inline void store_one(S* to, Compute<S> value) {
+  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
+    *to = value;
+  } else {
+    store_partial(to, broadcast(value), 1);
+  }
+}
+
+}  // namespace
+}  // namespace refconv::cpu::REFCONV_ISA
