@@ -527,3 +527,11 @@ def test_writing_into_the_returned_weight_changes_nothing(counting: RefConv2d) -
         want = counting(X)
         counting.weight.zero_()
         assert torch.equal(counting(X), want)
+
+
+def test_hooks_on_the_transformation_still_run() -> None:
+    """The one operator for both steps must not step over what a user attached to the first one."""
+    layer, seen = RefConv2d(4, 4, 3, groups=4), []
+    layer.transform.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    layer(torch.randn(1, 4, 5, 5))
+    assert seen == [(4, 1, 3, 3)]

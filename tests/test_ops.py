@@ -406,3 +406,28 @@ def test_backward_uses_the_backend_of_the_forward() -> None:
         assert ("DepthwiseConv2d" in name) == ("cpu" in BACKENDS)
         y.sum().backward()
     assert x.grad is not None
+
+
+@needs_native
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_one_call_gives_what_the_two_steps_give(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 8, 9, 9).contiguous(memory_format=layout).requires_grad_()
+    basis, refocus, bias = torch.randn(8, 1, 3, 3), torch.randn(8, 8, 3, 3, requires_grad=True), torch.randn(8)
+    problem = {"stride": (2, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 8}
+    one = functional.refconv2d(x, basis, refocus, bias, **problem)
+    two = functional.conv2d(x, functional.refocus_weight(basis, refocus), bias, **problem)
+    assert type(one.grad_fn).__name__ == "RefConv2dBackward"
+    assert torch.equal(one, two)
+    grad = torch.randn_like(one)
+    for a, b in zip(*(torch.autograd.grad(y, [x, refocus], grad) for y in (one, two)), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("width", "stride"), [(256, 1), (250, 2)])
+def test_outputs_written_around_the_cache(width: int, stride: int, layout: torch.memory_format) -> None:
+    """From 16 MB on; narrower ones are every other test."""
+    case = Case("large", 32, 32, (3, 3), 32, stride=(stride, stride), height=288, width=width)
+    assert case.input(torch.float32).nbytes >= 16 << 20
+    check(case, "cpu", torch.float32, layout)
