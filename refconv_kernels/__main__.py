@@ -126,11 +126,13 @@ def _problem(arguments: argparse.Namespace) -> int:
     operator = arguments.problem
     try:
         problem = _tensors(arguments)
-        chosen = ops.choose(operator, *problem)
+        chosen = ops.choose(operator, *problem, optional=operator == "refconv2d")
     except ValueError as error:
         arguments.fail(str(error))
     except (RuntimeError, TypeError) as error:  # more than memory holds; or the backend asked for does not cover it
         return _error(str(error).splitlines()[0])
+    if operator == "refconv2d" and chosen == "reference":
+        chosen = "two steps (ask about refocus_weight and depthwise_conv2d)"
     print(f"{operator} runs on: {chosen}")
     width = max(map(len, ops.UNAVAILABLE))
     for backend, off in ops.UNAVAILABLE.items():
@@ -159,6 +161,8 @@ def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
     if weight_shape is None:
         raise ValueError(f"--problem {arguments.problem} needs --weight")
     groups = groups or (weight_shape[0] if weight_shape[1] == 1 else 1)
+    if arguments.problem == "refocus_weight" and dtype in (torch.bfloat16, torch.float16):
+        dtype = torch.float32  # what halves are transformed in
     weight = torch.empty(weight_shape, dtype=dtype, device="cpu")
     kernels = weight_shape[0] * weight_shape[1]
     if arguments.problem == "refocus_weight":
