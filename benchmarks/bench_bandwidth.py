@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.agreement import Agreement
 from benchmarks.layers import Layer, distinct
 from refconv_kernels.functional import conv2d
 
@@ -21,16 +22,19 @@ LAYERS = {
 }
 
 
-def _check(layer: Layer, x: Tensor, weight: Tensor, grad: Tensor, passes: Callable[..., Any]) -> None:
-    """Ours against PyTorch in float64, on the first two images."""
+def _check(layer: Layer, x: Tensor, weight: Tensor, grad: Tensor) -> None:
+    """Ours and PyTorch's in float32 against float64, on the first two images."""
     options = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
-    x, grad = x.detach()[:2].requires_grad_(), grad[:2]
-    got = passes(x, grad, conv2d(x, weight, **options))
-    exact_x, exact_weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    y = F.conv2d(exact_x, exact_weight, **options)
-    want = (y, *torch.autograd.grad(y, [exact_x, exact_weight], grad.double()))
-    for ours, exact in zip(got, want, strict=True):
-        assert (ours.double() - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+    def results(run: Callable[..., Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x[:2], weight)]
+        y = run(*leaves, **options)
+        return dict(
+            zip(("y", "x", "weight"), (y.detach(), *torch.autograd.grad(y, leaves, grad[:2].to(dtype))), strict=True)
+        )
+
+    expected = results(F.conv2d, torch.float64)
+    Agreement(expected, results(F.conv2d, torch.float32)).require("ours", results(conv2d, torch.float32))
 
 
 @pytest.mark.parametrize("formulation", ["copy", "ours"])
@@ -45,7 +49,7 @@ def test_bandwidth(layer: Layer, mode: str, formulation: str, batch: int, measur
     grad = torch.randn_like(y)
     moved = y.nbytes + x.nbytes * (1 if mode == "forward" else 2)
     source = torch.randn(moved // 8)  # a copy reads and writes
-    _check(layer, x, weight, grad, lambda x, g, y: (y, *torch.autograd.grad(y, [x, weight], g)))
+    _check(layer, x, weight, grad)
 
     def ours() -> object:
         if mode == "forward":

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.agreement import Agreement, one_thread, require_same_float64
 from benchmarks.formulations import FORMULATIONS, float64_reference, network_formulations
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import NETWORKS, training_step
 from refconv_kernels import reparameterize
 
 CLASSES = 1000
@@ -61,25 +61,13 @@ class _Case:
 _case = functools.lru_cache(maxsize=1)(_Case)
 
 
-def _training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-    return step
-
-
 @pytest.mark.parametrize("formulation", FORMULATIONS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_training_step(name: str, formulation: str, dtype: torch.dtype, measure: Callable[..., Any]) -> None:
     case = _case(name, dtype)
     case.require(formulation)
     measure(
-        _training_step(case.modules[formulation], case.images, case.labels),
+        training_step(case.modules[formulation], case.images, case.labels),
         kind="training step",
         mode="step",
         shape=name,

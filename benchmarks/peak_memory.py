@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from benchmarks.formulations import with_two_convolutions
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import NETWORKS, training_step
 from refconv_kernels import RefConv2d, refocus
 
 STEPS = 3
@@ -41,13 +40,9 @@ def main(name: str, formulation: str) -> None:
     warm(torch.randn(2, 8, 8, 8)).sum().backward()
     before = _resident("VmRSS")
     model = _build(name, formulation)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, fused=True)
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
+    step = training_step(model, torch.randn(batch, 3, size, size), torch.randint(1000, (batch,)))
     for _ in range(STEPS):
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
+        step()
     refocusing = sum(m.transform.weight.nbytes for m in model.modules() if isinstance(m, RefConv2d))
     print(_resident("VmHWM") - before, refocusing)
 

@@ -58,9 +58,13 @@ def _fake_depthwise_conv2d(
         (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1
         for d in (0, 1)
     )
-    output = input.new_empty(input.shape[0], weight.shape[0], height, width)
-    multiplier_1 = weight.shape[0] == input.shape[1]
-    return output.to(memory_format=torch.channels_last) if multiplier_1 and cpu.is_channels_last(input) else output
+    return _as_laid_out(input.new_empty(input.shape[0], weight.shape[0], height, width), input, weight)
+
+
+def _as_laid_out(output: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """``output`` in the memory format of ``input``, where the kernels keep it."""
+    keep = weight.shape[0] == input.shape[1] and cpu.is_channels_last(input)
+    return output.to(memory_format=torch.channels_last) if keep else output
 
 
 def _fake_depthwise_conv2d_backward(
@@ -74,11 +78,8 @@ def _fake_depthwise_conv2d_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_input = input.new_empty(input.shape if need_input else 0)
-    if need_input and weight.shape[0] == input.shape[1] and cpu.is_channels_last(input):
-        grad_input = grad_input.to(memory_format=torch.channels_last)
     return (
-        grad_input,
+        _as_laid_out(input.new_empty(input.shape), input, weight) if need_input else input.new_empty(0),
         weight.new_empty(weight.shape if need_weight else 0),
         weight.new_empty(weight.shape[0] if need_bias else 0),
     )
