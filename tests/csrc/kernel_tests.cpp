@@ -89,10 +89,9 @@ Buffer<T> poisoned_buffer(int64_t size) {
 
 // Sums are made in at least float and rounded to T once.
 template <typename T>
-void expect_close(const std::string& what, const T* got, const std::vector<double>& want, double terms,
-                  double margin = 1) {
+void expect_close(const std::string& what, const T* got, const std::vector<double>& want, double terms) {
   const double sums = 16 * (std::sqrt(terms) + 1) * std::fmin(Element<T>::epsilon, Element<float>::epsilon);
-  const double tolerance = sums + (sizeof(T) == 2 ? 0.51 * margin * Element<T>::epsilon : 0);
+  const double tolerance = sums + (sizeof(T) == 2 ? 0.51 * Element<T>::epsilon : 0);
   ++checks;
   for (size_t i = 0; i < want.size(); ++i) {
     const double error = std::fabs(value(got[i]) - want[i]);
@@ -122,6 +121,30 @@ void for_each_term(const DepthwiseProblem& p, const Visit& visit) {
             }
 }
 
+// All results of one problem, in NCHW.
+struct Expected {
+  std::vector<double> y, y_biased, dx, dw, db;
+
+  template <typename T>
+  Expected(const DepthwiseProblem& p, const T* x, const T* w, const T* bias, const T* grad)
+      : y(p.batch * p.out_channels() * p.out_size()),
+        dx(p.batch * p.channels * p.in_size()),
+        dw(p.out_channels() * p.taps()),
+        db(p.out_channels()) {
+    for_each_term(p, [&](int64_t o, int64_t i, int64_t t) {
+      y[o] += value(w[t]) * value(x[i]);
+      dx[i] += value(w[t]) * value(grad[o]);
+      dw[t] += value(x[i]) * value(grad[o]);
+    });
+    y_biased = y;
+    for (size_t o = 0; o < y.size(); ++o) {
+      const int64_t channel = static_cast<int64_t>(o) / p.out_size() % p.out_channels();
+      db[channel] += value(grad[o]);
+      y_biased[o] += value(bias[channel]);
+    }
+  }
+};
+
 template <typename T>
 void test_depthwise(const refconv::cpu::DepthwiseKernels<T>& kernels, const std::string& isa,
                     const DepthwiseProblem& p) {
@@ -135,26 +158,18 @@ void test_depthwise(const refconv::cpu::DepthwiseKernels<T>& kernels, const std:
                            std::to_string(p.dilation_h) + std::to_string(p.dilation_w) + " m" +
                            std::to_string(p.multiplier) + " " + std::to_string(p.in_h) + "x" + std::to_string(p.in_w);
 
-  std::vector<double> want_y(y_size), want_dx(x_size), want_dw(w_size), want_db(p.out_channels());
-  for_each_term(p, [&](int64_t o, int64_t i, int64_t t) {
-    want_y[o] += value(w[t]) * value(x[i]);
-    want_dx[i] += value(w[t]) * value(dy[o]);
-    want_dw[t] += value(x[i]) * value(dy[o]);
-  });
-  const int64_t out_plane = p.out_h * p.out_w;
-  for (int64_t o = 0; o < y_size; ++o) want_db[o / out_plane % p.out_channels()] += value(dy[o]);
-  std::vector<double> want_biased = want_y;
-  for (int64_t o = 0; o < y_size; ++o) want_biased[o] += value(bias[o / out_plane % p.out_channels()]);
+  const Expected want(p, x.get(), w.get(), bias.get(), dy.get());
+  const int64_t out_plane = p.out_size();
 
   // Split unevenly, as threads would.
   const int64_t planes = p.batch * p.out_channels(), channel_cut = p.channels / 3, plane_cut = planes / 3;
   Buffer<T> y = poisoned_buffer<T>(y_size);
   kernels.forward(p, x.get(), w.get(), bias.get(), y.get(), 0, plane_cut);
   kernels.forward(p, x.get(), w.get(), bias.get(), y.get(), plane_cut, planes);
-  expect_close("forward " + name, y.get(), want_biased, p.taps());
+  expect_close("forward " + name, y.get(), want.y_biased, p.taps());
   y = poisoned_buffer<T>(y_size);
   kernels.forward(p, x.get(), w.get(), nullptr, y.get(), 0, planes);
-  expect_close("forward without bias " + name, y.get(), want_y, p.taps());
+  expect_close("forward without bias " + name, y.get(), want.y, p.taps());
 
   for (int wanted = 1; wanted < 8; ++wanted) {  // every combination of outputs
     Buffer<T> dx = poisoned_buffer<T>(x_size), dw = poisoned_buffer<T>(w_size);
@@ -165,52 +180,41 @@ void test_depthwise(const refconv::cpu::DepthwiseKernels<T>& kernels, const std:
     };
     run(0, channel_cut);
     run(channel_cut, p.channels);
-    if (wanted & 1) expect_close("dx " + name, dx.get(), want_dx, p.taps() * p.multiplier);
-    if (wanted & 2) expect_close("dW " + name, dw.get(), want_dw, p.batch * out_plane);
-    if (wanted & 4) expect_close("dbias " + name, db.get(), want_db, p.batch * out_plane);
+    if (wanted & 1) expect_close("dx " + name, dx.get(), want.dx, p.taps() * p.multiplier);
+    if (wanted & 2) expect_close("dW " + name, dw.get(), want.dw, p.batch * out_plane);
+    if (wanted & 4) expect_close("dbias " + name, db.get(), want.db, p.batch * out_plane);
   }
 }
 
 // `from` [n, c, size] as [n, size, c].
-template <typename T>
-Buffer<T> channels_last(const T* from, int64_t batch, int64_t channels, int64_t size) {
-  Buffer<T> to(new T[batch * channels * size]);
+template <typename Container>
+void channels_last(const Container& from, int64_t batch, int64_t channels, int64_t size, Container* to) {
   for (int64_t n = 0; n < batch; ++n)
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t k = 0; k < size; ++k) to[(n * size + k) * channels + c] = from[(n * channels + c) * size + k];
-  return to;
+      for (int64_t k = 0; k < size; ++k) (*to)[(n * size + k) * channels + c] = from[(n * channels + c) * size + k];
 }
 
-// The channels_last kernels, against what the NCHW ones answered and test_depthwise has checked.
 template <typename T>
 void test_nhwc(const refconv::cpu::DepthwiseKernels<T>& kernels, const std::string& isa, const DepthwiseProblem& p) {
   const int64_t x_size = p.batch * p.channels * p.in_size(), y_size = p.batch * p.channels * p.out_size();
   const Buffer<T> x = random_buffer<T>(x_size), w = random_buffer<T>(p.channels * p.taps());
   const Buffer<T> bias = random_buffer<T>(p.channels), dy = random_buffer<T>(y_size);
-  Buffer<T> y = poisoned_buffer<T>(y_size), dx = poisoned_buffer<T>(x_size);
-  Buffer<T> dw = poisoned_buffer<T>(p.channels * p.taps()), db = poisoned_buffer<T>(p.channels);
-  kernels.forward(p, x.get(), w.get(), bias.get(), y.get(), 0, p.batch * p.channels);
-  kernels.backward(p, dy.get(), x.get(), w.get(), dx.get(), dw.get(), db.get(), 0, p.channels);
-  const auto values = [](const Buffer<T>& buffer, int64_t size) {
-    std::vector<double> all;
-    for (int64_t k = 0; k < size; ++k) all.push_back(value(buffer[k]));
-    return all;
-  };
-  const auto want_y = values(channels_last(y.get(), p.batch, p.channels, p.out_size()), y_size);
-  const auto want_dx = values(channels_last(dx.get(), p.batch, p.channels, p.in_size()), x_size);
-
-  const Buffer<T> x_last = channels_last(x.get(), p.batch, p.channels, p.in_size());
-  const Buffer<T> dy_last = channels_last(dy.get(), p.batch, p.channels, p.out_size());
+  const Expected want(p, x.get(), w.get(), bias.get(), dy.get());
+  std::vector<double> want_y(y_size), want_dx(x_size);
+  Buffer<T> x_last(new T[x_size]), dy_last(new T[y_size]);
+  channels_last(want.y_biased, p.batch, p.channels, p.out_size(), &want_y);
+  channels_last(want.dx, p.batch, p.channels, p.in_size(), &want_dx);
+  channels_last(x, p.batch, p.channels, p.in_size(), &x_last);
+  channels_last(dy, p.batch, p.channels, p.out_size(), &dy_last);
   const std::string name = isa + Element<T>::name + " nhwc C" + std::to_string(p.channels) + " K" +
                            std::to_string(p.kernel_h) + "x" + std::to_string(p.kernel_w) + " s" +
                            std::to_string(p.stride_h) + std::to_string(p.stride_w) + " " + std::to_string(p.in_h) +
                            "x" + std::to_string(p.in_w);
-  const double margin = sizeof(T) == 2 ? 4 : 1;  // both sides are rounded to T
   const int64_t out_rows = p.batch * p.out_h, rows = p.batch * p.in_h;
   Buffer<T> got = poisoned_buffer<T>(y_size);
   kernels.nhwc_forward(p, x_last.get(), w.get(), bias.get(), got.get(), 0, out_rows / 3);
   kernels.nhwc_forward(p, x_last.get(), w.get(), bias.get(), got.get(), out_rows / 3, out_rows);
-  expect_close("forward " + name, got.get(), want_y, p.taps(), margin);
+  expect_close("forward " + name, got.get(), want_y, p.taps());
 
   const int64_t chunks = 3, totals_size = (p.taps() + 1) * p.channels;
   for (const bool wanted : {true, false}) {
@@ -225,9 +229,9 @@ void test_nhwc(const refconv::cpu::DepthwiseKernels<T>& kernels, const std::stri
     }
     Buffer<T> got_dw = poisoned_buffer<T>(p.channels * p.taps()), got_db = poisoned_buffer<T>(p.channels);
     kernels.nhwc_reduce(p, totals.data(), chunks, got_dw.get(), wanted ? got_db.get() : nullptr);
-    if (wanted) expect_close("dx " + name, got.get(), want_dx, p.taps(), margin);
-    expect_close("dW " + name, got_dw.get(), values(dw, p.channels * p.taps()), p.batch * p.out_size(), margin);
-    if (wanted) expect_close("dbias " + name, got_db.get(), values(db, p.channels), p.batch * p.out_size(), margin);
+    if (wanted) expect_close("dx " + name, got.get(), want_dx, p.taps());
+    expect_close("dW " + name, got_dw.get(), want.dw, p.batch * p.out_size());
+    if (wanted) expect_close("dbias " + name, got_db.get(), want.db, p.batch * p.out_size());
   }
 }
 
