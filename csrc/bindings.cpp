@@ -25,7 +25,7 @@
 
 namespace {
 
-using refconv::DepthwiseProblem;
+using refconv::GroupedProblem;
 using refconv::RefocusProblem;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -92,10 +92,10 @@ void check_like(const Tensor& tensor, const Tensor& like, int64_t dim) {
 }
 
 template <typename S>
-const refconv::cpu::DepthwiseKernels<S>& depthwise_kernels(const DepthwiseProblem& p, bool nhwc) {
+const refconv::cpu::GroupedKernels<S>& grouped_kernels(const GroupedProblem& p, bool nhwc) {
   // What lies along a vector: channels, or columns of the output in both directions.
   const int64_t width = nhwc ? p.channels : p.out_w;
-  return refconv::cpu::instruction_set_for_rows(width, sizeof(refconv::Compute<S>)).kernels.depthwise<S>();
+  return refconv::cpu::instruction_set_for_rows(width, sizeof(refconv::Compute<S>)).kernels.grouped<S>();
 }
 
 template <typename T>
@@ -105,24 +105,26 @@ const refconv::cpu::RefocusKernels<T>& refocus_kernels() {
 
 Ints sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
-DepthwiseProblem depthwise_problem(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
-                                   const Ints& dilation) {
+GroupedProblem grouped_problem(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                               const Ints& dilation) {
   check_like(input, input, 4);
   check_like(weight, input, 4);
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "stride, padding and dilation must have two elements");
-  DepthwiseProblem p{};
+  GroupedProblem p{};
   p.batch = input.size(0), p.channels = input.size(1), p.in_h = input.size(2), p.in_w = input.size(3);
   p.kernel_h = weight.size(2), p.kernel_w = weight.size(3);
   p.stride_h = stride[0], p.stride_w = stride[1];
   p.pad_h = padding[0], p.pad_w = padding[1];
   p.dilation_h = dilation[0], p.dilation_w = dilation[1];
-  STD_TORCH_CHECK(p.channels > 0 && weight.size(0) > 0 && weight.size(0) % p.channels == 0 && weight.size(1) == 1,
-                  "weight must be [multiplier * channels, 1, kernel_h, kernel_w]");
+  p.per_group = weight.size(1);
+  STD_TORCH_CHECK(p.channels > 0 && p.per_group > 0 && p.channels % p.per_group == 0 && weight.size(0) > 0 &&
+                      weight.size(0) % p.groups() == 0,
+                  "weight must be [out_channels, channels / groups, kernel_h, kernel_w], groups a divisor of both");
   STD_TORCH_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 &&
                       p.dilation_w > 0 && p.pad_h >= 0 && p.pad_w >= 0,
                   "kernel, stride and dilation must be positive, padding not negative");
-  p.multiplier = weight.size(0) / p.channels;
+  p.multiplier = weight.size(0) / p.groups();
   const int64_t span_h = p.in_h + 2 * p.pad_h - (p.kernel_h - 1) * p.dilation_h - 1;
   const int64_t span_w = p.in_w + 2 * p.pad_w - (p.kernel_w - 1) * p.dilation_w - 1;
   STD_TORCH_CHECK(span_h >= 0 && span_w >= 0, "the kernel must fit into the padded input");
@@ -141,8 +143,9 @@ bool is_nhwc(const Tensor& t) {
   return !t.is_contiguous();
 }
 
-// Both directions take channels_last where the input is, and NCHW for everything else.
-bool runs_nhwc(const Tensor& input, const DepthwiseProblem& p) { return p.multiplier == 1 && is_nhwc(input); }
+// Outputs are channels_last where the input or the weight is, as in PyTorch.
+// Whether a problem with channels_last feature maps has kernels of that layout; others are copied to NCHW and back.
+bool has_nhwc(const GroupedProblem& p) { return p.multiplier == 1 && p.per_group == 1; }
 
 Tensor in_layout(const Tensor& t, bool nhwc) {
   using torch::headeronly::MemoryFormat;
@@ -155,10 +158,10 @@ Tensor feature_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t 
   return torch::stable::transpose(torch::stable::transpose(torch::stable::new_empty(like, {n, h, w, c}), 1, 3), 2, 3);
 }
 
-Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
-                        Ints padding, Ints dilation) {
-  const DepthwiseProblem p = depthwise_problem(input, weight, stride, padding, dilation);
-  const bool nhwc = runs_nhwc(input, p);
+Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
+                      Ints padding, Ints dilation) {
+  const GroupedProblem p = grouped_problem(input, weight, stride, padding, dilation);
+  const bool channels_last = is_nhwc(input) || is_nhwc(weight), nhwc = channels_last && has_nhwc(p);
   const Tensor x = in_layout(input, nhwc), w = torch::stable::contiguous(weight);
   std::optional<Tensor> b;
   if (bias.has_value()) {
@@ -169,21 +172,21 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight, const std::op
   const Tensor y = feature_map(input, p.batch, p.out_channels(), p.out_h, p.out_w, nhwc);
   for_storage_dtype(input, [&](auto type) {
     using S = typename decltype(type)::type;
-    const auto& kernels = depthwise_kernels<S>(p, nhwc);
+    const auto& kernels = grouped_kernels<S>(p, nhwc);
     const auto kernel = nhwc ? kernels.nhwc_forward : kernels.forward;
     const S *x_data = data<S>(x), *w_data = data<S>(w), *b_data = b.has_value() ? data<S>(*b) : nullptr;
     S* y_data = mutable_data<S>(y);
     const int64_t tasks = p.batch * (nhwc ? p.out_h : p.out_channels());
-    parallel(tasks, y.numel() / std::max<int64_t>(tasks, 1) * p.taps(),
+    parallel(tasks, y.numel() / std::max<int64_t>(tasks, 1) * p.per_group * p.taps(),
              [&](int64_t begin, int64_t end) { kernel(p, x_data, w_data, b_data, y_data, begin, end); });
   });
-  return y;
+  return in_layout(y, channels_last);
 }
 
 // dx, dW and dbias on channels_last feature maps. Null where not wanted.
 template <typename S>
-void nhwc_backward(const DepthwiseProblem& p, const S* dy, const S* x, const S* w, S* dx, S* dw, S* db) {
-  const auto& kernels = depthwise_kernels<S>(p, true);
+void nhwc_backward(const GroupedProblem& p, const S* dy, const S* x, const S* w, S* dx, S* dw, S* db) {
+  const auto& kernels = grouped_kernels<S>(p, true);
   const int64_t rows = p.batch * p.in_h, out_rows = p.batch * p.out_h, size = (p.taps() + 1) * p.channels;
   // As many for any number of threads: the sums must not depend on it.
   const int64_t chunks = std::min<int64_t>(rows, kSumChunks);
@@ -205,16 +208,16 @@ void nhwc_backward(const DepthwiseProblem& p, const S* dy, const S* x, const S* 
 }
 
 // What is not wanted comes back as an empty tensor.
-std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad_output, const Tensor& input,
-                                                             const Tensor& weight, Ints stride, Ints padding,
-                                                             Ints dilation, bool need_input, bool need_weight,
-                                                             bool need_bias) {
-  const DepthwiseProblem p = depthwise_problem(input, weight, stride, padding, dilation);
+std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward(const Tensor& grad_output, const Tensor& input,
+                                                           const Tensor& weight, Ints stride, Ints padding,
+                                                           Ints dilation, bool need_input, bool need_weight,
+                                                           bool need_bias) {
+  const GroupedProblem p = grouped_problem(input, weight, stride, padding, dilation);
   check_like(grad_output, input, 4);
   STD_TORCH_CHECK(grad_output.size(0) == p.batch && grad_output.size(1) == p.out_channels() &&
                       grad_output.size(2) == p.out_h && grad_output.size(3) == p.out_w,
                   "grad_output must have the shape of the output");
-  const bool nhwc = runs_nhwc(input, p);
+  const bool channels_last = is_nhwc(input) || is_nhwc(weight), nhwc = channels_last && has_nhwc(p);
   const Tensor dy = in_layout(grad_output, nhwc), x = in_layout(input, nhwc), w = torch::stable::contiguous(weight);
   const Tensor grad_input =
       need_input ? feature_map(x, p.batch, p.channels, p.in_h, p.in_w, nhwc) : torch::stable::new_empty(x, {0});
@@ -227,12 +230,12 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad_
     S* dw = need_weight ? mutable_data<S>(grad_weight) : nullptr;
     S* db = need_bias ? mutable_data<S>(grad_bias) : nullptr;
     if (nhwc) return nhwc_backward<S>(p, dy_data, x_data, w_data, dx, dw, db);
-    const auto kernel = depthwise_kernels<S>(p, false).backward;
+    const auto kernel = grouped_kernels<S>(p, false).backward;
     const int64_t work = 2 * p.batch * p.multiplier * p.out_size() * p.taps();
     parallel(p.channels, work,
              [&](int64_t begin, int64_t end) { kernel(p, dy_data, x_data, w_data, dx, dw, db, begin, end); });
   });
-  return {grad_input, grad_weight, grad_bias};
+  return {need_input ? in_layout(grad_input, channels_last) : grad_input, grad_weight, grad_bias};
 }
 
 RefocusProblem refocus_problem(const Tensor& basis, int64_t group_size, int64_t map_size, bool identity) {
@@ -288,12 +291,12 @@ Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& bas
   return grad_refocus;
 }
 
-// Both steps of a depthwise RefConv: the output and W_t.
+// Both steps of a RefConv: the output and W_t.
 std::tuple<Tensor, Tensor> refconv2d(const Tensor& input, const Tensor& basis, const Tensor& refocus,
                                      const std::optional<Tensor>& bias, bool identity, Ints stride, Ints padding,
                                      Ints dilation) {
   const Tensor transformed = refocus_weight(basis, refocus, identity);
-  return {depthwise_conv2d(input, transformed, bias, stride, padding, dilation), transformed};
+  return {grouped_conv2d(input, transformed, bias, stride, padding, dilation), transformed};
 }
 
 // The gradients of the input, of W_t, of W_r and of the bias; what is not wanted is empty.
@@ -302,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refconv2d_backward(const Tensor& grad
                                                               int64_t group_size, int64_t map_size, Ints stride,
                                                               Ints padding, Ints dilation, bool need_input,
                                                               bool need_basis, bool need_refocus, bool need_bias) {
-  const auto [grad_input, grad_weight, grad_bias] = depthwise_conv2d_backward(
+  const auto [grad_input, grad_weight, grad_bias] = grouped_conv2d_backward(
       grad_output, input, transformed, stride, padding, dilation, need_input, need_basis || need_refocus, need_bias);
   const Tensor grad_refocus = need_refocus ? refocus_weight_backward(grad_weight, basis, group_size, map_size)
                                            : torch::stable::new_empty(basis, {0});
@@ -312,8 +315,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refconv2d_backward(const Tensor& grad
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(refconv_cpu, CPU, m) {
-  m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
-  m.impl("depthwise_conv2d_backward", TORCH_BOX(&depthwise_conv2d_backward));
+  m.impl("grouped_conv2d", TORCH_BOX(&grouped_conv2d));
+  m.impl("grouped_conv2d_backward", TORCH_BOX(&grouped_conv2d_backward));
   m.impl("refconv2d", TORCH_BOX(&refconv2d));
   m.impl("refconv2d_backward", TORCH_BOX(&refconv2d_backward));
   m.impl("refocus_weight", TORCH_BOX(&refocus_weight));
@@ -350,7 +353,7 @@ PYBIND11_MODULE(_C, m) {
         return refconv::cpu::instruction_set_for_rows(width, element_bytes).name;
       },
       pybind11::arg("width"), pybind11::arg("element_bytes"),
-      "The instruction set that a depthwise convolution with output rows of `width` elements gets.");
+      "The instruction set that a grouped convolution with output rows of `width` elements gets.");
   m.def(
       "set_instruction_set", [](const std::string& name) { refconv::cpu::set_instruction_set(name); },
       pybind11::arg("name"), "Use only this instruction set from now on, for tests and measurements; or \"auto\".");

@@ -6,15 +6,17 @@
 
 namespace refconv {
 
-// Depthwise convolution, weight [channels * multiplier, 1, kernel_h, kernel_w], in NCHW index order:
+// Grouped convolution, weight [out_channels, per_group, kernel_h, kernel_w], in NCHW index order, with
+// first = co / multiplier * per_group:
 //   y[n, co, i, j] = bias[co]
-//     + sum_{a,b} w[co, a, b] * x[n, co / multiplier, i * stride_h - pad_h + a * dilation_h,
-//                                                     j * stride_w - pad_w + b * dilation_w]
+//     + sum_{m,a,b} w[co, m, a, b] * x[n, first + m, i * stride_h - pad_h + a * dilation_h,
+//                                                    j * stride_w - pad_w + b * dilation_w]
+// Depthwise is one input channel per group.
 // Feature maps are dense, in NCHW or, where an entry point says so, in NHWC (channels_last) memory order.
-struct DepthwiseProblem {
+struct GroupedProblem {
   int64_t batch;
   int64_t channels;    // input channels
-  int64_t multiplier;  // output channels per input channel
+  int64_t multiplier;  // output channels per group
   int64_t in_h, in_w;
   int64_t out_h, out_w;
   int64_t kernel_h, kernel_w;
@@ -22,7 +24,10 @@ struct DepthwiseProblem {
   int64_t pad_h, pad_w;  // top and left; what lies beyond the input is zero
   int64_t dilation_h, dilation_w;
 
-  int64_t out_channels() const { return channels * multiplier; }
+  int64_t per_group = 1;  // input channels per group
+
+  int64_t groups() const { return channels / per_group; }
+  int64_t out_channels() const { return groups() * multiplier; }
   int64_t taps() const { return kernel_h * kernel_w; }
   int64_t in_size() const { return in_h * in_w; }
   int64_t out_size() const { return out_h * out_w; }

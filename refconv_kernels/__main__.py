@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "which backends there are, why one is off, and which one runs a problem"
     info = commands.add_parser("info", help=text, description=text)
     info.add_argument("--problem", choices=list(ops.KERNELS), metavar="OP", help=f"one of {', '.join(ops.KERNELS)}")
-    info.add_argument("--shape", type=_shape, metavar="B,C,H,W", help="shape of the input (depthwise_conv2d)")
+    info.add_argument("--shape", type=_shape, metavar="B,C,H,W", help="shape of the input (grouped_conv2d)")
     info.add_argument("--weight", type=_shape, metavar="O,I,H,W", help="shape of the convolution's weight")
     info.add_argument("--groups", type=_positive, metavar="G", help="groups (depthwise if the weight allows it)")
     info.add_argument("--stride", type=_positive, default=1, metavar="S", help="stride, with padding K // 2 (1)")
@@ -132,7 +132,7 @@ def _problem(arguments: argparse.Namespace) -> int:
     except (RuntimeError, TypeError) as error:  # more than memory holds; or the backend asked for does not cover it
         return _error(str(error).splitlines()[0])
     if operator == "refconv2d" and chosen == "reference":
-        chosen = "two steps (ask about refocus_weight and depthwise_conv2d)"
+        chosen = "two steps (ask about refocus_weight and grouped_conv2d)"
     print(f"{operator} runs on: {chosen}")
     width = max(map(len, ops.UNAVAILABLE))
     for backend, off in ops.UNAVAILABLE.items():

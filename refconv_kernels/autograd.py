@@ -94,14 +94,14 @@ class RefocusWeightBackward(Function):
         return torch.vmap(one, in_dims)(*args), 0
 
 
-class DepthwiseConv2d(Function):
-    """``y`` from ``(x, W, bias)``, depthwise, batched."""
+class GroupedConv2d(Function):
+    """``y`` from ``(x, W, bias)``, grouped, batched."""
 
     @staticmethod
     def forward(
         input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, backend: str
     ) -> Tensor:
-        return KERNELS["depthwise_conv2d"][backend].forward(input, weight, bias, stride, padding, dilation)
+        return KERNELS["grouped_conv2d"][backend].forward(input, weight, bias, stride, padding, dilation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -112,18 +112,18 @@ class DepthwiseConv2d(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        grads = _derive(DepthwiseConv2dBackward, grad, input, weight, *ctx.geometry, *needs, ctx.backend)
+        grads = _derive(GroupedConv2dBackward, grad, input, weight, *ctx.geometry, *needs, ctx.backend)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         def one(input: Tensor, weight: Tensor, bias: Tensor | None, s: Pair, p: Pair, d: Pair, _: str) -> Tensor:
-            return reference.conv2d(input, weight, bias, s, p, d, input.shape[1])
+            return reference.conv2d(input, weight, bias, s, p, d, input.shape[1] // weight.shape[1])
 
         return torch.vmap(one, in_dims)(*args), 0
 
 
-class DepthwiseConv2dBackward(Function):
+class GroupedConv2dBackward(Function):
     """``(dx, dW, dbias)`` from ``(dy, x, W)``; what is not needed comes back empty."""
 
     @staticmethod
@@ -139,7 +139,7 @@ class DepthwiseConv2dBackward(Function):
         need_bias: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        run = KERNELS["depthwise_conv2d"][backend].backward
+        run = KERNELS["grouped_conv2d"][backend].backward
         return run(grad, input, weight, stride, padding, dilation, need_input, need_weight, need_bias)
 
     @staticmethod
@@ -156,7 +156,7 @@ class DepthwiseConv2dBackward(Function):
         # dx is bilinear in (dy, W), dW in (dy, x), dbias linear in dy.
         grad, input, weight = ctx.saved_tensors
         geometry: tuple[Pair, Pair, Pair] = ctx.geometry
-        groups = input.shape[1]
+        groups = input.shape[1] // weight.shape[1]
         grad_grad = grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
             terms = []
@@ -178,14 +178,15 @@ class DepthwiseConv2dBackward(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         def one(grad: Tensor, input: Tensor, weight: Tensor, s: Pair, p: Pair, d: Pair, *rest: Any) -> Any:
-            grads = reference.conv2d_backward(grad, input, weight, s, p, d, input.shape[1], rest[:3])
+            groups = input.shape[1] // weight.shape[1]
+            grads = reference.conv2d_backward(grad, input, weight, s, p, d, groups, rest[:3])
             return tuple(g if g is not None else grad.new_empty(0) for g in grads)
 
         return torch.vmap(one, in_dims)(*args), (0, 0, 0)
 
 
 class RefConv2d(Function):
-    """``(y, W_t)`` from ``(x, W_b, W_r, bias)``, depthwise, batched: both steps in one operator. ``W_t`` is not
+    """``(y, W_t)`` from ``(x, W_b, W_r, bias)``, grouped, batched: both steps in one operator. ``W_t`` is not
     differentiable; it is returned for the backward."""
 
     @staticmethod
@@ -219,7 +220,7 @@ class RefConv2d(Function):
             transformed = apply(RefocusWeight, basis, refocus, ctx.identity, ctx.backend)
             wanted = need_input, need_basis or need_refocus, need_bias
             arguments = grad, input, transformed, *ctx.geometry, *wanted, ctx.backend
-            grad_input, grad_weight, grad_bias = apply(DepthwiseConv2dBackward, *arguments)
+            grad_input, grad_weight, grad_bias = apply(GroupedConv2dBackward, *arguments)
             sizes = refocus.shape[1:3]
             grad_refocus = (
                 apply(RefocusWeightBackward, grad_weight, basis, *sizes, ctx.backend) if need_refocus else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from refconv_kernels import reference
-from refconv_kernels.autograd import DepthwiseConv2d, RefConv2d, RefocusWeight, apply
+from refconv_kernels.autograd import GroupedConv2d, RefConv2d, RefocusWeight, apply
 from refconv_kernels.ops import choose
 
 __all__ = ["conv2d", "refconv2d", "refocus_weight"]
@@ -161,12 +161,13 @@ def conv2d(
             )
         output_size.append((size - span) // stride[d] + 1)
 
-    # A convolution that is not depthwise is PyTorch's own on every backend.
-    if groups == input.shape[-3] and weight.shape[1] == 1:
-        backend = choose("depthwise_conv2d", input, weight, groups, output_size[1])
+    # A convolution without groups is PyTorch's own on every backend, one with many channels per group may be.
+    if groups > 1 or weight.shape[1] == 1:
+        problem = (input, weight, groups, output_size[1])
+        backend = choose("grouped_conv2d", *problem, optional=weight.shape[1] > 1)
         if backend != "reference":
             batched = input.unsqueeze(0) if input.dim() == 3 else input
-            output = apply(DepthwiseConv2d, batched, weight, bias, stride, before, dilation, backend)
+            output = apply(GroupedConv2d, batched, weight, bias, stride, before, dilation, backend)
             return output.squeeze(0) if input.dim() == 3 else output
     return reference.conv2d(input, weight, bias, stride, before, dilation, groups)
 
@@ -230,10 +231,14 @@ def _one_call(
         return "reference"
     if input.dim() != 4 or basis.dim() != 4 or _autocast_dtype(input.device.type) is not None:
         return "reference"
-    kernels, channels, map_size = basis.shape[0], input.shape[1], refocus.shape[-1]
-    if channels != groups or basis.shape[1] != 1 or kernels % channels != 0 or map_size % 2 == 0:
+    out_channels, per_group, map_size = *basis.shape[:2], refocus.shape[-1]
+    if input.shape[1] != per_group * groups or out_channels % groups != 0 or map_size % 2 == 0:
         return "reference"
-    if refocus.shape != (kernels, channels, map_size, map_size) or (bias is not None and bias.shape != (kernels,)):
+    if refocus.shape != (out_channels * per_group, groups, map_size, map_size):
+        return "reference"
+    if bias is not None and bias.shape != (out_channels,):
+        return "reference"
+    if _memory_format(basis) is torch.channels_last:  # decides about the output's, and the operator's W_t has none
         return "reference"
     size = [
         (input.shape[d + 2] + 2 * padding[d] - dilation[d] * (basis.shape[d + 2] - 1) - 1) // stride[d] + 1

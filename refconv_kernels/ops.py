@@ -24,14 +24,14 @@ from refconv_kernels.backends import cpu
 _SCHEMAS = {
     "refocus_weight": "(Tensor basis, Tensor refocus, bool identity) -> Tensor",
     "refocus_weight_backward": "(Tensor grad_transformed, Tensor basis, int group_size, int map_size) -> Tensor",
-    "depthwise_conv2d": (
+    "grouped_conv2d": (
         "(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
     ),
-    "depthwise_conv2d_backward": (
+    "grouped_conv2d_backward": (
         "(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
         "bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
     ),
-    "refconv2d": (  # depthwise; the output and W_t
+    "refconv2d": (  # the output and W_t
         "(Tensor input, Tensor basis, Tensor refocus, Tensor? bias, bool identity, int[2] stride, int[2] padding, "
         "int[2] dilation) -> (Tensor, Tensor)"
     ),
@@ -51,7 +51,7 @@ def _fake_refocus_weight_backward(grad_transformed: Tensor, basis: Tensor, group
     return basis.new_empty(basis.shape[0] * basis.shape[1], group_size, map_size, map_size)
 
 
-def _fake_depthwise_conv2d(
+def _fake_grouped_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     height, width = (
@@ -62,12 +62,12 @@ def _fake_depthwise_conv2d(
 
 
 def _as_laid_out(output: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """``output`` in the memory format of ``input``, where the kernels keep it."""
-    keep = weight.shape[0] == input.shape[1] and cpu.is_channels_last(input)
-    return output.to(memory_format=torch.channels_last) if keep else output
+    """``output`` as channels_last where the input or the weight is, as in PyTorch."""
+    channels_last = cpu.is_channels_last(input) or cpu.is_channels_last(weight)
+    return output.to(memory_format=torch.channels_last) if channels_last else output
 
 
-def _fake_depthwise_conv2d_backward(
+def _fake_grouped_conv2d_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -95,7 +95,7 @@ def _fake_refconv2d(
     padding: list[int],
     dilation: list[int],
 ) -> tuple[Tensor, Tensor]:
-    output = _fake_depthwise_conv2d(input, basis, bias, stride, padding, dilation)
+    output = _fake_grouped_conv2d(input, basis, bias, stride, padding, dilation)
     return output, _fake_refocus_weight(basis, refocus, identity)
 
 
@@ -115,7 +115,7 @@ def _fake_refconv2d_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need_weight = need_basis or need_refocus
-    grad_input, grad_weight, grad_bias = _fake_depthwise_conv2d_backward(
+    grad_input, grad_weight, grad_bias = _fake_grouped_conv2d_backward(
         grad_output, input, transformed, stride, padding, dilation, need_input, need_weight, need_bias
     )
     grad_refocus = _fake_refocus_weight_backward(transformed, basis, group_size, map_size)
@@ -125,8 +125,8 @@ def _fake_refconv2d_backward(
 _FAKES: dict[str, Callable[..., Any]] = {
     "refocus_weight": _fake_refocus_weight,
     "refocus_weight_backward": _fake_refocus_weight_backward,
-    "depthwise_conv2d": _fake_depthwise_conv2d,
-    "depthwise_conv2d_backward": _fake_depthwise_conv2d_backward,
+    "grouped_conv2d": _fake_grouped_conv2d,
+    "grouped_conv2d_backward": _fake_grouped_conv2d_backward,
     "refconv2d": _fake_refconv2d,
     "refconv2d_backward": _fake_refconv2d_backward,
 }
@@ -160,7 +160,7 @@ UNAVAILABLE: dict[str, str | None] = {
 }
 
 #: ``KERNELS[operator][backend]``, best backend first. What is not listed runs on the reference path.
-KERNELS: dict[str, dict[str, Kernel]] = {"refocus_weight": {}, "depthwise_conv2d": {}, "refconv2d": {}}
+KERNELS: dict[str, dict[str, Kernel]] = {"refocus_weight": {}, "grouped_conv2d": {}, "refconv2d": {}}
 
 if UNAVAILABLE["cpu"] is None:
     _register("cpu")
@@ -171,11 +171,11 @@ if UNAVAILABLE["cpu"] is None:
         cpu.refocus_weight_limits,
         cpu.refocus_weight_slower,
     )
-    KERNELS["depthwise_conv2d"]["cpu"] = Kernel(
-        _cpu.depthwise_conv2d.default,
-        _cpu.depthwise_conv2d_backward.default,
-        cpu.depthwise_conv2d_limits,
-        cpu.depthwise_conv2d_slower,
+    KERNELS["grouped_conv2d"]["cpu"] = Kernel(
+        _cpu.grouped_conv2d.default,
+        _cpu.grouped_conv2d_backward.default,
+        cpu.grouped_conv2d_limits,
+        cpu.grouped_conv2d_slower,
     )
     KERNELS["refconv2d"]["cpu"] = Kernel(
         _cpu.refconv2d.default, _cpu.refconv2d_backward.default, cpu.refconv2d_limits, cpu.refconv2d_slower
@@ -205,7 +205,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     ``"auto"``, the default, takes the best kernel that covers each problem, and the reference path where none
     does or where PyTorch's own was measured to be faster. A backend named outright never falls back: a problem
-    that one of its kernels does not cover raises. (Convolutions that are not depthwise are PyTorch's on every
+    that one of its kernels does not cover raises. (Convolutions that are not depthwise may be PyTorch's on every
     backend.) The choice holds for the whole process, and for the backward of what was computed inside the block.
 
     Raises:

@@ -16,7 +16,7 @@ from refconv_kernels.__main__ import main
 from refconv_kernels.backends import cpu
 from tests.conftest import needs_native
 
-DEPTHWISE = ["info", "--problem", "depthwise_conv2d", "--shape", "2,8,9,9", "--weight", "8,1,3,3"]
+DEPTHWISE = ["info", "--problem", "grouped_conv2d", "--shape", "2,8,9,9", "--weight", "8,1,3,3"]
 REFOCUS = ["info", "--problem", "refocus_weight", "--weight", "8,1,3,3"]
 
 
@@ -70,8 +70,9 @@ def test_info_shows_the_backend_asked_for(capsys: pytest.CaptureFixture) -> None
         ([*DEPTHWISE, "--channels-last"], None),
         ([*DEPTHWISE, "--stride", "2"], None),
         ([*DEPTHWISE, "--dtype", "complex64"], "input has dtype torch.complex64, the kernel covers float32, float64"),
-        ([*DEPTHWISE[:-1], "16,1,3,3", "--groups", "8", "--channels-last"], "input is channels_last, there the"),
-        ([*DEPTHWISE[:-1], "8,8,3,3"], "groups (=1) differs from in_channels (=8), the kernel is depthwise"),
+        ([*DEPTHWISE[:-1], "16,1,3,3", "--groups", "8", "--channels-last"], None),
+        ([*DEPTHWISE[:-1], "8,4,3,3", "--groups", "2"], None),
+        ([*DEPTHWISE[:-1], "8,8,3,3"], "groups (=1): the kernel is for grouped and depthwise convolutions"),
         ([*REFOCUS[:-1], "8,4,5,5", "--groups", "1"], "covers it, but auto leaves it: refocus groups of 1 kernels"),
         (REFOCUS, None),
         ([*DEPTHWISE[:2], "refconv2d", *DEPTHWISE[3:]], None),
@@ -84,7 +85,7 @@ def test_info_shows_the_backend_asked_for(capsys: pytest.CaptureFixture) -> None
 @needs_native
 def test_a_problem_is_explained(capsys: pytest.CaptureFixture, arguments: list[str], reason: str | None) -> None:
     first, *lines = printed(capsys, arguments)
-    other = "two steps (ask about refocus_weight and depthwise_conv2d)" if arguments[2] == "refconv2d" else "reference"
+    other = "two steps (ask about refocus_weight and grouped_conv2d)" if arguments[2] == "refconv2d" else "reference"
     assert first == f"{arguments[2]} runs on: {'cpu' if reason is None else other}"
     told = dict(line.split(maxsplit=1) for line in lines)
     assert list(told) == list(ops.UNAVAILABLE)
@@ -114,8 +115,8 @@ def test_a_backend_asked_for_that_does_not_cover_the_problem(capsys: pytest.Capt
         (["info", "--problem", "conv3d"], "invalid choice: 'conv3d'"),
         (["info", "--weight", "8,1,3,3"], "describe a --problem: name one"),
         (["info", "--stride", "2"], "describe a --problem: name one"),
-        (DEPTHWISE[:3], "--problem depthwise_conv2d needs --weight"),
-        ([*DEPTHWISE[:3], "--weight", "8,1,3,3"], "--problem depthwise_conv2d needs --shape"),
+        (DEPTHWISE[:3], "--problem grouped_conv2d needs --weight"),
+        ([*DEPTHWISE[:3], "--weight", "8,1,3,3"], "--problem grouped_conv2d needs --shape"),
         ([*DEPTHWISE, "--shape", "2,9,6,6"], "--shape has 9 channels, but --weight in 8 groups needs 8"),
         (
             [*DEPTHWISE, "--weight", "9,1,3,3", "--groups", "8"],

@@ -85,13 +85,11 @@ def test_each_backend_against_float64(case: Case, dtype: torch.dtype, backend: s
 
 @settings(max_examples=300)
 @given(
-    case=cases(depthwise=True),
+    case=cases(wide=True),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
 )
-def test_any_depthwise_problem(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    if layout is torch.channels_last and case.in_channels != case.out_channels:
-        layout = torch.contiguous_format  # a channel multiplier: no kernel for channels_last
+def test_any_grouped_problem(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:
     for backend in BACKENDS:
         check(case, backend, dtype, layout)
 
@@ -196,7 +194,7 @@ def test_infinity_reaches_only_the_taps_that_see_it() -> None:
     """0 * infinity must not leak from vector lanes past the end of a row."""
     x, weight = torch.randn(1, 1, 5, 7), torch.randn(1, 1, 3, 3)
     x[0, 0, 2, 6] = float("inf")
-    op = torch.ops.refconv_cpu.depthwise_conv2d_backward.default
+    op = torch.ops.refconv_cpu.grouped_conv2d_backward.default
     got = op(torch.ones(1, 1, 3, 5), x, weight, [1, 1], [0, 0], [1, 1], False, True, False)[1]
     want = reference.conv2d_backward(
         torch.ones(1, 1, 3, 5), x, weight, (1, 1), (0, 0), (1, 1), 1, (False, True, False)
@@ -212,7 +210,7 @@ def _samples(name: str, case: Case) -> tuple[object, ...]:
         return basis, refocus, True
     if name == "refocus_weight_backward":
         return torch.randn_like(basis), basis, case.groups, case.map_size
-    if name == "depthwise_conv2d":
+    if name == "grouped_conv2d":
         return x, basis, bias, *geometry
     if name == "refconv2d":
         return x, basis, refocus, bias, True, *geometry
@@ -246,7 +244,7 @@ def _channels_last(argument: object) -> object:
     ("name", "change", "message"),
     [
         (
-            "depthwise_conv2d",
+            "grouped_conv2d",
             {2: None, **{i: t.cfloat() for i, t in enumerate((torch.randn(2, 6, 7, 9), torch.randn(6, 1, 3, 3)))}},
             "dtype must be float32 or float64",
         ),
@@ -257,13 +255,13 @@ def _channels_last(argument: object) -> object:
         ),
         ("refconv2d", {2: torch.randn(6, 4, 3, 3)}, "must divide"),
         ("refconv2d_backward", {0: torch.randn(2, 6, 7, 8)}, "shape of the output"),
-        ("depthwise_conv2d", {0: torch.randn(6, 7, 9)}, "number of dimensions"),
-        ("depthwise_conv2d", {1: torch.randn(6, 1, 3, 3).double()}, "of one dtype"),
-        ("depthwise_conv2d", {1: torch.randn(7, 1, 3, 3)}, "weight must be"),
-        ("depthwise_conv2d", {1: torch.randn(6, 1, 30, 3)}, "must fit into the padded input"),
-        ("depthwise_conv2d", {2: torch.randn(5)}, "one element per output channel"),
-        ("depthwise_conv2d", {3: [0, 1]}, "must be positive"),
-        ("depthwise_conv2d_backward", {0: torch.randn(2, 6, 7, 8)}, "shape of the output"),
+        ("grouped_conv2d", {0: torch.randn(6, 7, 9)}, "number of dimensions"),
+        ("grouped_conv2d", {1: torch.randn(6, 1, 3, 3).double()}, "of one dtype"),
+        ("grouped_conv2d", {1: torch.randn(7, 1, 3, 3)}, "weight must be"),
+        ("grouped_conv2d", {1: torch.randn(6, 1, 30, 3)}, "must fit into the padded input"),
+        ("grouped_conv2d", {2: torch.randn(5)}, "one element per output channel"),
+        ("grouped_conv2d", {3: [0, 1]}, "must be positive"),
+        ("grouped_conv2d_backward", {0: torch.randn(2, 6, 7, 8)}, "shape of the output"),
         ("refocus_weight", {1: torch.randn(6, 4, 3, 3)}, "must divide"),
         ("refocus_weight", {1: torch.randn(6, 6, 2, 2)}, "must be odd"),
         ("refocus_weight", {1: torch.randn(6, 6, 3, 5)}, "map_size, map_size"),
@@ -312,16 +310,14 @@ def test_a_named_backend_never_falls_back() -> None:
     x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
     with use_backend("cpu"):
         with pytest.raises(
-            RuntimeError, match=r"'cpu' does not cover this depthwise_conv2d: input has dtype torch.complex64"
+            RuntimeError, match=r"'cpu' does not cover this grouped_conv2d: input has dtype torch.complex64"
         ):
             functional.conv2d(x.cfloat(), weight.cfloat(), groups=4)
-        with pytest.raises(RuntimeError, match=r"input is channels_last, there the kernel covers out_channels \(=8\)"):
-            functional.conv2d(x.to(memory_format=torch.channels_last), torch.randn(8, 1, 3, 3), groups=4)
         with pytest.raises(RuntimeError, match="basis has dtype torch.complex64"):
             functional.refocus_weight(weight.cfloat(), torch.zeros(4, 4, 3, 3).cfloat())
         with pytest.raises(RuntimeError, match="basis is on meta, the kernel runs on cpu"):
             functional.refocus_weight(weight.to("meta"), torch.zeros(4, 4, 3, 3, device="meta"))
-        functional.conv2d(x, torch.randn(3, 4, 3, 3))  # not depthwise: PyTorch's own on every backend
+        functional.conv2d(x, torch.randn(3, 4, 3, 3))  # no groups: PyTorch's own on every backend
 
 
 @needs_native
@@ -333,7 +329,7 @@ def test_auto_takes_the_native_kernel_and_reference_does_not(monkeypatch: pytest
         return None
 
     monkeypatch.setitem(
-        ops.KERNELS["depthwise_conv2d"],
+        ops.KERNELS["grouped_conv2d"],
         "cpu",
         ops.Kernel(lambda *a: calls.append("forward") or a[0].clone(), lambda *a: None, limits, lambda *_: None),
     )
@@ -347,13 +343,27 @@ def test_auto_takes_the_native_kernel_and_reference_does_not(monkeypatch: pytest
     assert calls == []
 
 
-def test_depthwise_limits_name_what_is_not_covered() -> None:
-    x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 2, 3, 3)
-    assert (
-        cpu.depthwise_conv2d_limits(x, weight, 2, 3)
-        == "groups (=2) differs from in_channels (=4), the kernel is depthwise"
-    )
-    assert cpu.depthwise_conv2d_limits(x, torch.randn(8, 1, 3, 3), 4, 3) is None
+def test_grouped_limits_name_what_is_not_covered() -> None:
+    x = torch.randn(1, 34, 5, 5)
+    few = "groups (=1): the kernel is for grouped and depthwise convolutions"
+    assert cpu.grouped_conv2d_limits(x, torch.randn(4, 34, 3, 3), 1, 3) == few
+    many = "in_channels / groups (=17), the kernel covers at most 16"
+    assert cpu.grouped_conv2d_limits(x, torch.randn(4, 17, 3, 3), 2, 3) == many
+    assert cpu.grouped_conv2d_limits(x, torch.randn(34, 2, 3, 3), 17, 3) is None
+    assert cpu.grouped_conv2d_limits(x, torch.randn(68, 1, 3, 3), 34, 3) is None
+    assert cpu.grouped_conv2d_slower(x, torch.randn(34, 2, 3, 3), 17, 3) is None
+    eight = "in_channels / groups (=8) is a multiple of 8: PyTorch's is faster"
+    assert cpu.grouped_conv2d_slower(x, torch.randn(4, 8, 3, 3), 4, 3) == eight
+    assert cpu.grouped_conv2d_slower(x.double(), torch.randn(4, 8, 3, 3).double(), 4, 3) is None
+    copied = "channels_last would be copied to NCHW and back: PyTorch's is faster"
+    last = torch.randn(2, 34, 5, 5).to(memory_format=torch.channels_last)
+    assert cpu.grouped_conv2d_slower(last, torch.randn(34, 2, 3, 3), 17, 5) == copied
+    assert cpu.grouped_conv2d_slower(last, torch.randn(68, 1, 3, 3), 34, 5) is None
+    halves = last.bfloat16(), torch.randn(34, 1, 3, 3).bfloat16(), 34
+    assert cpu.grouped_conv2d_slower(*halves, 5) == "bfloat16, channels_last, rows of 5: PyTorch's is faster"
+    assert cpu.grouped_conv2d_slower(*halves, 3) is None
+    with use_backend("cpu"):  # grouped, but not covered: PyTorch's on every backend
+        assert functional.conv2d(x, torch.randn(4, 17, 3, 3), groups=2).shape == (1, 4, 3, 3)
 
 
 @needs_native
@@ -374,7 +384,7 @@ def test_auto_leaves_to_pytorch_what_pytorch_does_faster() -> None:
     kernel = ops.KERNELS["refocus_weight"]["cpu"]
     assert kernel.slower(*groupwise) == "refocus groups of 2 kernels: PyTorch's is faster"
     x = torch.empty(1, 4, 7, 7)
-    assert ops.choose("depthwise_conv2d", x, torch.empty(4, 1, 3, 3), 4, 7) == "cpu"
+    assert ops.choose("grouped_conv2d", x, torch.empty(4, 1, 3, 3), 4, 7) == "cpu"
     # Both steps in one call where both are ours, one by one where one is not.
     assert (
         ops.choose("refconv2d", torch.empty(1, 8, 7, 7), torch.empty(8, 1, 3, 3), torch.empty(8, 8, 3, 3), 8, 7)
@@ -403,7 +413,7 @@ def test_backward_uses_the_backend_of_the_forward() -> None:
     y = functional.conv2d(x, weight, groups=4)
     with use_backend("reference"):
         name = y.grad_fn.name()
-        assert ("DepthwiseConv2d" in name) == ("cpu" in BACKENDS)
+        assert ("GroupedConv2d" in name) == ("cpu" in BACKENDS)
         y.sum().backward()
     assert x.grad is not None
 

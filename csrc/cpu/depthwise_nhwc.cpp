@@ -1,4 +1,5 @@
-// Depthwise convolution on channels_last feature maps, forward and fused backward, channel multiplier 1.
+// Depthwise convolution on channels_last feature maps, forward and fused backward, one output channel per input
+// channel.
 //
 // Equations: csrc/problem.h. Lanes are channels, so no pixel is moved and any kernel size, stride and dilation is the
 // same loop: some pixels of a row at once, tap by tap, each loaded weight serving all of them. The channels are the
@@ -36,7 +37,7 @@ inline void store_channels(S* to, Vec<Compute<S>> v, int64_t count, bool around_
 
 // Whether an output is large enough to be written around the cache, and made of whole aligned vectors that fill lines.
 template <typename S>
-bool around_cache(const DepthwiseProblem& p, const S* output, int64_t pixels) {
+bool around_cache(const GroupedProblem& p, const S* output, int64_t pixels) {
   const int64_t vector = kLanes<Compute<S>> * static_cast<int64_t>(sizeof(S));
   return vector == 64 && streams(pixels * p.channels * static_cast<int64_t>(sizeof(S))) &&
          p.channels % kLanes<Compute<S>> == 0 &&
@@ -49,7 +50,7 @@ class TapMajor {
   using T = Compute<S>;
 
  public:
-  TapMajor(const DepthwiseProblem& p, const S* weight)
+  TapMajor(const GroupedProblem& p, const S* weight)
       : channels_(round_up(p.channels, kLanes<T>)), data_(p.taps() * channels_) {
     for (int64_t c = 0; c < p.channels; ++c) {
       for (int64_t t = 0; t < p.taps(); ++t) data_[t * channels_ + c] = load_one(weight + c * p.taps() + t);
@@ -80,7 +81,7 @@ inline void clip(int64_t first, int64_t step, int64_t size, int64_t taps, int64_
 
 // PIXELS outputs of one row and one vector of channels; `x` is what tap (0, 0) of the first one sees.
 template <typename S, int PIXELS, bool FULL>
-inline void correlate(const DepthwiseProblem& p, const TapMajor<S>& weight, const Window& window, int64_t c,
+inline void correlate(const GroupedProblem& p, const TapMajor<S>& weight, const Window& window, int64_t c,
                       const S* bias, const S* x, S* y, bool around) {
   using T = Compute<S>;
   const int64_t count = p.channels - c;
@@ -103,8 +104,8 @@ inline void correlate(const DepthwiseProblem& p, const TapMajor<S>& weight, cons
 }
 
 template <typename S, int PIXELS>
-void forward_pixels(const DepthwiseProblem& p, const TapMajor<S>& weight, const Window& window, const S* bias,
-                    const S* x, S* y, bool around) {
+void forward_pixels(const GroupedProblem& p, const TapMajor<S>& weight, const Window& window, const S* bias, const S* x,
+                    S* y, bool around) {
   int64_t c = 0;
   for (; c + kLanes<Compute<S>> <= p.channels; c += kLanes<Compute<S>>) {
     correlate<S, PIXELS, true>(p, weight, window, c, bias, x, y, around);
@@ -113,7 +114,7 @@ void forward_pixels(const DepthwiseProblem& p, const TapMajor<S>& weight, const 
 }
 
 template <typename S>
-void forward_row(const DepthwiseProblem& p, const TapMajor<S>& weight, const S* x, const S* bias, S* y, int64_t i,
+void forward_row(const GroupedProblem& p, const TapMajor<S>& weight, const S* x, const S* bias, S* y, int64_t i,
                  bool around) {
   const int64_t h = i * p.stride_h - p.pad_h;
   Window window{};
@@ -153,7 +154,7 @@ struct Seen {
 // What PIXELS pixels of one row of x meet, for one vector of channels: dx is set, `total` [taps][channels] added to.
 // `dy` belongs to the first pixel and tap.
 template <typename S, int PIXELS, bool FULL>
-inline void meet(const DepthwiseProblem& p, const TapMajor<S>& weight, const Seen& seen, int64_t c, const S* dy,
+inline void meet(const GroupedProblem& p, const TapMajor<S>& weight, const Seen& seen, int64_t c, const S* dy,
                  const S* x, S* dx, Compute<S>* total, bool around) {
   using T = Compute<S>;
   const int64_t x_step = p.stride_w * p.channels, count = p.channels - c;
@@ -185,7 +186,7 @@ inline void meet(const DepthwiseProblem& p, const TapMajor<S>& weight, const See
 }
 
 template <typename S, int PIXELS>
-void backward_pixels(const DepthwiseProblem& p, const TapMajor<S>& weight, const Seen& seen, const S* dy, const S* x,
+void backward_pixels(const GroupedProblem& p, const TapMajor<S>& weight, const Seen& seen, const S* dy, const S* x,
                      S* dx, Compute<S>* total, bool around) {
   int64_t c = 0;
   for (; c + kLanes<Compute<S>> <= p.channels; c += kLanes<Compute<S>>) {
@@ -196,7 +197,7 @@ void backward_pixels(const DepthwiseProblem& p, const TapMajor<S>& weight, const
 
 // The lattices of the rows and columns of x.
 struct Lattices {
-  explicit Lattices(const DepthwiseProblem& p) : rows(p.stride_h), columns(p.stride_w) {
+  explicit Lattices(const GroupedProblem& p) : rows(p.stride_h), columns(p.stride_w) {
     for (int64_t g = 0; g < p.stride_h; ++g) {
       rows[g] = lattice_taps(g, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h);
     }
@@ -208,7 +209,7 @@ struct Lattices {
 };
 
 template <typename S>
-void backward_row(const DepthwiseProblem& p, const TapMajor<S>& weight, const Lattices& lattices, const S* grad_y,
+void backward_row(const GroupedProblem& p, const TapMajor<S>& weight, const Lattices& lattices, const S* grad_y,
                   const S* x, S* grad_x, int64_t i, Compute<S>* total, bool around) {
   const LatticeTaps& rows = lattices.rows[i % p.stride_h];
   const int64_t h = i / p.stride_h + rows.first_dy;
@@ -245,7 +246,7 @@ void backward_row(const DepthwiseProblem& p, const TapMajor<S>& weight, const La
 }  // namespace
 
 template <typename S>
-void depthwise_nhwc_forward(const DepthwiseProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
+void depthwise_nhwc_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                             int64_t end) {
   const TapMajor<S> taps(p, weight);
   const bool around = around_cache(p, y, p.batch * p.out_size());
@@ -257,7 +258,7 @@ void depthwise_nhwc_forward(const DepthwiseProblem& p, const S* x, const S* weig
 }
 
 template <typename S>
-void depthwise_nhwc_backward(const DepthwiseProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x,
+void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x,
                              double* totals, int64_t begin, int64_t end) {
   using T = Compute<S>;
   const TapMajor<S> taps(p, weight);
@@ -282,7 +283,7 @@ void depthwise_nhwc_backward(const DepthwiseProblem& p, const S* grad_y, const S
 }
 
 template <typename S>
-void depthwise_nhwc_bias(const DepthwiseProblem& p, const S* grad_y, double* totals, int64_t begin, int64_t end) {
+void depthwise_nhwc_bias(const GroupedProblem& p, const S* grad_y, double* totals, int64_t begin, int64_t end) {
   constexpr int64_t kLane = kLanes<Compute<S>>;
   for (int64_t row = begin; row < end; ++row) {
     const S* dy = grad_y + row * p.out_w * p.channels;
@@ -296,7 +297,7 @@ void depthwise_nhwc_bias(const DepthwiseProblem& p, const S* grad_y, double* tot
 }
 
 template <typename S>
-void depthwise_nhwc_reduce(const DepthwiseProblem& p, const double* totals, int64_t chunks, S* grad_weight,
+void depthwise_nhwc_reduce(const GroupedProblem& p, const double* totals, int64_t chunks, S* grad_weight,
                            S* grad_bias) {
   const int64_t size = (p.taps() + 1) * p.channels;
   const auto sum = [&](int64_t at) {

@@ -1,5 +1,5 @@
-// The kernels of one instruction set: declared here, defined in depthwise_*.cpp and refocus.cpp, collected
-// into a Kernels table by table.cpp. All are compiled once per instruction set.
+// The kernels of one instruction set: declared here, defined in grouped_*.cpp, depthwise_nhwc.cpp and refocus.cpp,
+// collected into a Kernels table by table.cpp. All are compiled once per instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -7,27 +7,26 @@
 namespace refconv::cpu::REFCONV_ISA {
 
 template <typename S>
-void depthwise_forward(const DepthwiseProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
-                       int64_t end);
+void grouped_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
+                     int64_t end);
 
 template <typename S>
-void depthwise_backward(const DepthwiseProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x,
-                        S* grad_weight, S* grad_bias, int64_t begin, int64_t end);
+void grouped_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
+                      S* grad_bias, int64_t begin, int64_t end);
 
 template <typename S>
-void depthwise_nhwc_forward(const DepthwiseProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
+void depthwise_nhwc_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                             int64_t end);
 
 template <typename S>
-void depthwise_nhwc_backward(const DepthwiseProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x,
+void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x,
                              double* totals, int64_t begin, int64_t end);
 
 template <typename S>
-void depthwise_nhwc_bias(const DepthwiseProblem& p, const S* grad_y, double* totals, int64_t begin, int64_t end);
+void depthwise_nhwc_bias(const GroupedProblem& p, const S* grad_y, double* totals, int64_t begin, int64_t end);
 
 template <typename S>
-void depthwise_nhwc_reduce(const DepthwiseProblem& p, const double* totals, int64_t chunks, S* grad_weight,
-                           S* grad_bias);
+void depthwise_nhwc_reduce(const GroupedProblem& p, const double* totals, int64_t chunks, S* grad_weight, S* grad_bias);
 
 template <typename T>
 void refocus_forward(const RefocusProblem& p, const T* basis, const T* refocus, T* transformed, int64_t begin,
@@ -37,20 +36,18 @@ template <typename T>
 void refocus_backward(const RefocusProblem& p, const T* grad_transformed, const T* basis, T* grad_refocus,
                       int64_t begin, int64_t end);
 
-#define REFCONV_INSTANTIATE_DEPTHWISE_FORWARD(S) \
-  template void depthwise_forward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);
+#define REFCONV_INSTANTIATE_GROUPED_FORWARD(S) \
+  template void grouped_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);
 
-#define REFCONV_INSTANTIATE_DEPTHWISE_BACKWARD(S)                                                                 \
-  template void depthwise_backward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, S*, S*, int64_t, \
-                                      int64_t);
+#define REFCONV_INSTANTIATE_GROUPED_BACKWARD(S) \
+  template void grouped_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, S*, S*, int64_t, int64_t);
 
-#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC(S)                                                                  \
-  template void depthwise_nhwc_forward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, int64_t,  \
-                                          int64_t);                                                            \
-  template void depthwise_nhwc_backward<S>(const DepthwiseProblem&, const S*, const S*, const S*, S*, double*, \
-                                           int64_t, int64_t);                                                  \
-  template void depthwise_nhwc_bias<S>(const DepthwiseProblem&, const S*, double*, int64_t, int64_t);          \
-  template void depthwise_nhwc_reduce<S>(const DepthwiseProblem&, const double*, int64_t, S*, S*);
+#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC(S)                                                                         \
+  template void depthwise_nhwc_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t); \
+  template void depthwise_nhwc_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, double*, int64_t, \
+                                           int64_t);                                                                  \
+  template void depthwise_nhwc_bias<S>(const GroupedProblem&, const S*, double*, int64_t, int64_t);                   \
+  template void depthwise_nhwc_reduce<S>(const GroupedProblem&, const double*, int64_t, S*, S*);
 
 #define REFCONV_INSTANTIATE_REFOCUS(T)                                                               \
   template void refocus_forward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t); \

@@ -15,25 +15,24 @@ namespace refconv::cpu {
 
 // S is the type that is stored: float, double, BFloat16 or Half; the last two are computed with in float.
 template <typename S>
-struct DepthwiseKernels {
+struct GroupedKernels {
   // Tasks: the batch * out_channels output planes. bias may be null.
-  void (*forward)(const DepthwiseProblem&, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
-                  int64_t end);
+  void (*forward)(const GroupedProblem&, const S* x, const S* weight, const S* bias, S* y, int64_t begin, int64_t end);
   // Tasks: the input channels. Any of grad_x, grad_weight, grad_bias may be null.
-  void (*backward)(const DepthwiseProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
+  void (*backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
                    S* grad_bias, int64_t begin, int64_t end);
 
-  // The same for channels_last feature maps and multiplier 1.
+  // The same for channels_last feature maps, depthwise with multiplier 1.
   // Tasks: the batch * out_h output rows.
-  void (*nhwc_forward)(const DepthwiseProblem&, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
+  void (*nhwc_forward)(const GroupedProblem&, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                        int64_t end);
   // Tasks: the batch * in_h input rows. grad_x may be null. Adds dW to totals [taps, channels].
-  void (*nhwc_backward)(const DepthwiseProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x,
-                        double* totals, int64_t begin, int64_t end);
+  void (*nhwc_backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
+                        int64_t begin, int64_t end);
   // Tasks: the batch * out_h output rows. Adds dbias to totals [channels].
-  void (*nhwc_bias)(const DepthwiseProblem&, const S* grad_y, double* totals, int64_t begin, int64_t end);
+  void (*nhwc_bias)(const GroupedProblem&, const S* grad_y, double* totals, int64_t begin, int64_t end);
   // The sums over totals [chunks, taps + 1, channels], of which the last of taps + 1 is dbias. Either may be null.
-  void (*nhwc_reduce)(const DepthwiseProblem&, const double* totals, int64_t chunks, S* grad_weight, S* grad_bias);
+  void (*nhwc_reduce)(const GroupedProblem&, const double* totals, int64_t chunks, S* grad_weight, S* grad_bias);
 };
 
 template <typename T>
@@ -45,24 +44,24 @@ struct RefocusKernels {
 };
 
 struct Kernels {
-  DepthwiseKernels<float> depthwise_f32;
-  DepthwiseKernels<double> depthwise_f64;
-  DepthwiseKernels<BFloat16> depthwise_bf16;
-  DepthwiseKernels<Half> depthwise_f16;
+  GroupedKernels<float> grouped_f32;
+  GroupedKernels<double> grouped_f64;
+  GroupedKernels<BFloat16> grouped_bf16;
+  GroupedKernels<Half> grouped_f16;
   RefocusKernels<float> refocus_f32;
   RefocusKernels<double> refocus_f64;
 
   template <typename S>
-  const DepthwiseKernels<S>& depthwise() const;
+  const GroupedKernels<S>& grouped() const;
   template <typename T>
   const RefocusKernels<T>& refocus() const;
 };
 
 // clang-format off
-template <> inline const DepthwiseKernels<float>& Kernels::depthwise() const { return depthwise_f32; }
-template <> inline const DepthwiseKernels<double>& Kernels::depthwise() const { return depthwise_f64; }
-template <> inline const DepthwiseKernels<BFloat16>& Kernels::depthwise() const { return depthwise_bf16; }
-template <> inline const DepthwiseKernels<Half>& Kernels::depthwise() const { return depthwise_f16; }
+template <> inline const GroupedKernels<float>& Kernels::grouped() const { return grouped_f32; }
+template <> inline const GroupedKernels<double>& Kernels::grouped() const { return grouped_f64; }
+template <> inline const GroupedKernels<BFloat16>& Kernels::grouped() const { return grouped_bf16; }
+template <> inline const GroupedKernels<Half>& Kernels::grouped() const { return grouped_f16; }
 template <> inline const RefocusKernels<float>& Kernels::refocus() const { return refocus_f32; }
 template <> inline const RefocusKernels<double>& Kernels::refocus() const { return refocus_f64; }
 // clang-format on

@@ -5,8 +5,8 @@ namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
 template <typename S>
-constexpr DepthwiseKernels<S> kDepthwise = {
-    depthwise_forward<S>,       depthwise_backward<S>,  depthwise_nhwc_forward<S>,
+constexpr GroupedKernels<S> kGrouped = {
+    grouped_forward<S>,         grouped_backward<S>,    depthwise_nhwc_forward<S>,
     depthwise_nhwc_backward<S>, depthwise_nhwc_bias<S>, depthwise_nhwc_reduce<S>,
 };
 
@@ -17,7 +17,7 @@ constexpr RefocusKernels<T> kRefocus = {refocus_forward<T>, refocus_backward<T>}
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    kDepthwise<float>, kDepthwise<double>, kDepthwise<BFloat16>, kDepthwise<Half>, kRefocus<float>, kRefocus<double>,
+    kGrouped<float>, kGrouped<double>, kGrouped<BFloat16>, kGrouped<Half>, kRefocus<float>, kRefocus<double>,
 };
 
 }  // namespace refconv::cpu::REFCONV_ISA

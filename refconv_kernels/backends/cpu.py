@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 _REFOCUS_DTYPES = (torch.float32, torch.float64)
-_DEPTHWISE_DTYPES = (*_REFOCUS_DTYPES, torch.bfloat16, torch.float16)
+_CONV_DTYPES = (*_REFOCUS_DTYPES, torch.bfloat16, torch.float16)
+_ONEDNN_DTYPES = (torch.float32, torch.bfloat16)  # PyTorch runs them with oneDNN, the others far slower
+_MOST_PER_GROUP = 16  # input channels of a group: a thread holds that many padded planes
 _WIDE_ROW = 64  # entries of W_r per 2-D kernel from which the kernel takes a matrix product (csrc/cpu/refocus.cpp)
 
 native: ModuleType | None
@@ -70,25 +72,35 @@ def refocus_weight_slower(basis: Tensor, refocus: Tensor) -> str | None:
     return None
 
 
-def depthwise_conv2d_limits(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:
-    """Why the ``depthwise_conv2d`` kernel does not cover this problem; None when it does."""
-    if groups != input.shape[-3] or weight.shape[1] != 1:
-        return f"groups (={groups}) differs from in_channels (={input.shape[-3]}), the kernel is depthwise"
-    if weight.shape[0] != groups and is_channels_last(input):
-        return f"input is channels_last, there the kernel covers out_channels (={weight.shape[0]}) = in_channels"
-    return _limits(input, "input", _DEPTHWISE_DTYPES)
+def grouped_conv2d_limits(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:
+    """Why the ``grouped_conv2d`` kernel does not cover this problem; None when it does."""
+    if groups == 1 and input.shape[-3] != 1:
+        return "groups (=1): the kernel is for grouped and depthwise convolutions"
+    if weight.shape[1] > _MOST_PER_GROUP:
+        return f"in_channels / groups (={weight.shape[1]}), the kernel covers at most {_MOST_PER_GROUP}"
+    return _limits(input, "input", _CONV_DTYPES)
 
 
-def depthwise_conv2d_slower(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:
+def grouped_conv2d_slower(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:
     """Why ``"auto"`` leaves this problem to PyTorch (``docs/performance.md``); None when it does not."""
+    if input.dtype not in _ONEDNN_DTYPES:
+        return None
+    per_group = weight.shape[1]
+    if per_group % 8 == 0:
+        return f"in_channels / groups (={per_group}) is a multiple of 8: PyTorch's is faster"
+    if per_group > 1 and (is_channels_last(input) or is_channels_last(weight)):
+        return "channels_last would be copied to NCHW and back: PyTorch's is faster"
+    small = weight.shape[2] * weight.shape[3] <= 9 and input.shape[-1] <= out_width <= 14
+    if input.dtype == torch.bfloat16 and small and is_channels_last(input):
+        return f"bfloat16, channels_last, rows of {out_width}: PyTorch's is faster"
     return None
 
 
 def refconv2d_limits(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, out_width: int) -> str | None:
     """Why the ``refconv2d`` kernel, both steps in one call, does not cover this problem; None when it does."""
-    return refocus_weight_limits(basis, refocus) or depthwise_conv2d_limits(input, basis, groups, out_width)
+    return refocus_weight_limits(basis, refocus) or grouped_conv2d_limits(input, basis, groups, out_width)
 
 
 def refconv2d_slower(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, out_width: int) -> str | None:
     """Why ``"auto"`` takes the two steps one by one (``docs/performance.md``); None when it does not."""
-    return refocus_weight_slower(basis, refocus) or depthwise_conv2d_slower(input, basis, groups, out_width)
+    return refocus_weight_slower(basis, refocus) or grouped_conv2d_slower(input, basis, groups, out_width)

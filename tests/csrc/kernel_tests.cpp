@@ -16,7 +16,7 @@
 namespace {
 
 using refconv::BFloat16;
-using refconv::DepthwiseProblem;
+using refconv::GroupedProblem;
 using refconv::Half;
 using refconv::RefocusProblem;
 
@@ -103,9 +103,9 @@ void expect_close(const std::string& what, const T* got, const std::vector<doubl
   }
 }
 
-// Calls visit(out index, in index, weight index) for every term of the depthwise sum.
+// Calls visit(out index, in index, weight index) for every term of the convolution.
 template <typename Visit>
-void for_each_term(const DepthwiseProblem& p, const Visit& visit) {
+void for_each_term(const GroupedProblem& p, const Visit& visit) {
   for (int64_t n = 0; n < p.batch; ++n)
     for (int64_t co = 0; co < p.out_channels(); ++co)
       for (int64_t i = 0; i < p.out_h; ++i)
@@ -115,9 +115,12 @@ void for_each_term(const DepthwiseProblem& p, const Visit& visit) {
               const int64_t h = i * p.stride_h - p.pad_h + a * p.dilation_h;
               const int64_t w = j * p.stride_w - p.pad_w + b * p.dilation_w;
               if (h < 0 || h >= p.in_h || w < 0 || w >= p.in_w) continue;
-              visit(((n * p.out_channels() + co) * p.out_h + i) * p.out_w + j,
-                    ((n * p.channels + co / p.multiplier) * p.in_h + h) * p.in_w + w,
-                    (co * p.kernel_h + a) * p.kernel_w + b);
+              for (int64_t m = 0; m < p.per_group; ++m) {
+                const int64_t ci = co / p.multiplier * p.per_group + m;
+                visit(((n * p.out_channels() + co) * p.out_h + i) * p.out_w + j,
+                      ((n * p.channels + ci) * p.in_h + h) * p.in_w + w,
+                      ((co * p.per_group + m) * p.kernel_h + a) * p.kernel_w + b);
+              }
             }
 }
 
@@ -126,10 +129,10 @@ struct Expected {
   std::vector<double> y, y_biased, dx, dw, db;
 
   template <typename T>
-  Expected(const DepthwiseProblem& p, const T* x, const T* w, const T* bias, const T* grad)
+  Expected(const GroupedProblem& p, const T* x, const T* w, const T* bias, const T* grad)
       : y(p.batch * p.out_channels() * p.out_size()),
         dx(p.batch * p.channels * p.in_size()),
-        dw(p.out_channels() * p.taps()),
+        dw(p.out_channels() * p.per_group * p.taps()),
         db(p.out_channels()) {
     for_each_term(p, [&](int64_t o, int64_t i, int64_t t) {
       y[o] += value(w[t]) * value(x[i]);
@@ -146,17 +149,17 @@ struct Expected {
 };
 
 template <typename T>
-void test_depthwise(const refconv::cpu::DepthwiseKernels<T>& kernels, const std::string& isa,
-                    const DepthwiseProblem& p) {
-  const int64_t x_size = p.batch * p.channels * p.in_h * p.in_w, w_size = p.out_channels() * p.taps();
+void test_grouped(const refconv::cpu::GroupedKernels<T>& kernels, const std::string& isa, const GroupedProblem& p) {
+  const int64_t x_size = p.batch * p.channels * p.in_h * p.in_w, w_size = p.out_channels() * p.per_group * p.taps();
   const int64_t y_size = p.batch * p.out_channels() * p.out_h * p.out_w;
   const Buffer<T> x = random_buffer<T>(x_size), w = random_buffer<T>(w_size);
   const Buffer<T> bias = random_buffer<T>(p.out_channels()), dy = random_buffer<T>(y_size);
   const std::string name = isa + Element<T>::name + " K" + std::to_string(p.kernel_h) + "x" +
                            std::to_string(p.kernel_w) + " s" + std::to_string(p.stride_h) + std::to_string(p.stride_w) +
                            " p" + std::to_string(p.pad_h) + std::to_string(p.pad_w) + " d" +
-                           std::to_string(p.dilation_h) + std::to_string(p.dilation_w) + " m" +
-                           std::to_string(p.multiplier) + " " + std::to_string(p.in_h) + "x" + std::to_string(p.in_w);
+                           std::to_string(p.dilation_h) + std::to_string(p.dilation_w) + " g" +
+                           std::to_string(p.per_group) + " m" + std::to_string(p.multiplier) + " " +
+                           std::to_string(p.in_h) + "x" + std::to_string(p.in_w);
 
   const Expected want(p, x.get(), w.get(), bias.get(), dy.get());
   const int64_t out_plane = p.out_size();
@@ -166,10 +169,10 @@ void test_depthwise(const refconv::cpu::DepthwiseKernels<T>& kernels, const std:
   Buffer<T> y = poisoned_buffer<T>(y_size);
   kernels.forward(p, x.get(), w.get(), bias.get(), y.get(), 0, plane_cut);
   kernels.forward(p, x.get(), w.get(), bias.get(), y.get(), plane_cut, planes);
-  expect_close("forward " + name, y.get(), want.y_biased, p.taps());
+  expect_close("forward " + name, y.get(), want.y_biased, p.per_group * p.taps());
   y = poisoned_buffer<T>(y_size);
   kernels.forward(p, x.get(), w.get(), nullptr, y.get(), 0, planes);
-  expect_close("forward without bias " + name, y.get(), want.y, p.taps());
+  expect_close("forward without bias " + name, y.get(), want.y, p.per_group * p.taps());
 
   for (int wanted = 1; wanted < 8; ++wanted) {  // every combination of outputs
     Buffer<T> dx = poisoned_buffer<T>(x_size), dw = poisoned_buffer<T>(w_size);
@@ -195,7 +198,7 @@ void channels_last(const Container& from, int64_t batch, int64_t channels, int64
 }
 
 template <typename T>
-void test_nhwc(const refconv::cpu::DepthwiseKernels<T>& kernels, const std::string& isa, const DepthwiseProblem& p) {
+void test_nhwc(const refconv::cpu::GroupedKernels<T>& kernels, const std::string& isa, const GroupedProblem& p) {
   const int64_t x_size = p.batch * p.channels * p.in_size(), y_size = p.batch * p.channels * p.out_size();
   const Buffer<T> x = random_buffer<T>(x_size), w = random_buffer<T>(p.channels * p.taps());
   const Buffer<T> bias = random_buffer<T>(p.channels), dy = random_buffer<T>(y_size);
@@ -271,44 +274,63 @@ void test_refocus(const refconv::cpu::RefocusKernels<T>& kernels, const std::str
   expect_close("dW_r " + name, grad_refocus.get(), want_r, size);
 }
 
-DepthwiseProblem depthwise(int64_t channels, int64_t multiplier, int64_t in_h, int64_t in_w, int64_t kernel_h,
-                           int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
-                           int64_t dilation_h, int64_t dilation_w) {
-  DepthwiseProblem p{2,        channels, multiplier, in_h,  in_w,  0,          0,         kernel_h,
-                     kernel_w, stride_h, stride_w,   pad_h, pad_w, dilation_h, dilation_w};
+GroupedProblem depthwise(int64_t channels, int64_t multiplier, int64_t in_h, int64_t in_w, int64_t kernel_h,
+                         int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
+                         int64_t dilation_h, int64_t dilation_w) {
+  GroupedProblem p{2,        channels, multiplier, in_h,  in_w,  0,          0,         kernel_h,
+                   kernel_w, stride_h, stride_w,   pad_h, pad_w, dilation_h, dilation_w};
   p.out_h = (in_h + 2 * pad_h - (kernel_h - 1) * dilation_h - 1) / stride_h + 1;
   p.out_w = (in_w + 2 * pad_w - (kernel_w - 1) * dilation_w - 1) / stride_w + 1;
   return p;
 }
 
+// The same with `per_group` input channels per group, `groups` groups.
+GroupedProblem grouped(int64_t groups, int64_t per_group, GroupedProblem p) {
+  p.channels = groups * per_group;
+  p.per_group = per_group;
+  return p;
+}
+
 template <typename T>
-void test_depthwise_all(const refconv::cpu::InstructionSet& set) {
-  const auto& kernels = set.kernels.depthwise<T>();
+void test_grouped_all(const refconv::cpu::InstructionSet& set) {
+  const auto& kernels = set.kernels.grouped<T>();
   const std::string isa = set.name;
   // Widths straddle one and two vectors of every instruction set (2 to 16 lanes).
   for (const int64_t width : {1, 2, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 31, 32, 33}) {
     for (const int64_t kernel : {1, 2, 3, 5, 7}) {
-      test_depthwise(kernels, isa, depthwise(3, 1, 6, width, kernel, kernel, 1, 1, kernel / 2, kernel / 2, 1, 1));
+      test_grouped(kernels, isa, depthwise(3, 1, 6, width, kernel, kernel, 1, 1, kernel / 2, kernel / 2, 1, 1));
     }
     for (const int64_t kernel : {3, 5, 7}) {
-      test_depthwise(kernels, isa, depthwise(2, 1, 9, width, kernel, kernel, 2, 2, kernel / 2, kernel / 2, 1, 1));
+      test_grouped(kernels, isa, depthwise(2, 1, 9, width, kernel, kernel, 2, 2, kernel / 2, kernel / 2, 1, 1));
     }
-    test_depthwise(kernels, isa, depthwise(2, 2, 5, width, 3, 3, 1, 1, 1, 1, 1, 1));
-    test_depthwise(kernels, isa, depthwise(2, 1, 7, width, 3, 5, 2, 1, 0, 4, 2, 2));
+    test_grouped(kernels, isa, depthwise(2, 2, 5, width, 3, 3, 1, 1, 1, 1, 1, 1));
+    test_grouped(kernels, isa, depthwise(2, 1, 7, width, 3, 5, 2, 1, 0, 4, 2, 2));
   }
-  test_depthwise(kernels, isa, depthwise(4, 3, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
-  test_depthwise(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));    // more padding than kernel
-  test_depthwise(kernels, isa, depthwise(1, 1, 3, 3, 2, 2, 5, 5, 0, 0, 1, 1));    // stride beyond the kernel
-  test_depthwise(kernels, isa, depthwise(1, 2, 13, 14, 4, 6, 4, 6, 1, 2, 6, 4));  // strides and dilations in common
-  test_depthwise(kernels, isa, depthwise(1, 1, 20, 40, 11, 31, 1, 1, 5, 15, 1, 1));
-  test_depthwise(kernels, isa, depthwise(1, 1, 40, 20, 3, 3, 1, 3, 4, 4, 4, 4));
-  test_depthwise(kernels, isa, depthwise(1, 1, 21, 500, 5, 5, 1, 1, 2, 2, 1, 1));  // several strips of a plane
-  test_depthwise(kernels, isa, depthwise(1, 1, 21, 500, 7, 7, 2, 2, 3, 3, 1, 1));
+  test_grouped(kernels, isa, depthwise(4, 3, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
+  test_grouped(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));    // more padding than kernel
+  test_grouped(kernels, isa, depthwise(1, 1, 3, 3, 2, 2, 5, 5, 0, 0, 1, 1));    // stride beyond the kernel
+  test_grouped(kernels, isa, depthwise(1, 2, 13, 14, 4, 6, 4, 6, 1, 2, 6, 4));  // strides and dilations in common
+  test_grouped(kernels, isa, depthwise(1, 1, 20, 40, 11, 31, 1, 1, 5, 15, 1, 1));
+  test_grouped(kernels, isa, depthwise(1, 1, 40, 20, 3, 3, 1, 3, 4, 4, 4, 4));
+  test_grouped(kernels, isa, depthwise(1, 1, 21, 500, 5, 5, 1, 1, 2, 2, 1, 1));  // several strips of a plane
+  test_grouped(kernels, isa, depthwise(1, 1, 21, 500, 7, 7, 2, 2, 3, 3, 1, 1));
+  test_grouped(kernels, isa, depthwise(1, 2, 31, 200, 3, 3, 3, 3, 1, 1, 1, 1));
+  for (const int64_t width : {1, 5, 8, 16, 17, 33}) {
+    for (const int64_t kernel : {1, 3, 5}) {
+      const int64_t pad = kernel / 2;
+      test_grouped(kernels, isa, grouped(2, 2, depthwise(0, 3, 6, width, kernel, kernel, 1, 1, pad, pad, 1, 1)));
+      test_grouped(kernels, isa, grouped(3, 3, depthwise(0, 1, 9, width, kernel, kernel, 2, 2, pad, pad, 1, 1)));
+    }
+  }
+  for (const int64_t per_group : {4, 15, 16, 17}) {  // the unrolled kernels hold the weights of 16
+    test_grouped(kernels, isa, grouped(2, per_group, depthwise(0, 2, 5, 18, 3, 3, 1, 1, 1, 1, 1, 1)));
+  }
+  test_grouped(kernels, isa, grouped(2, 3, depthwise(0, 2, 9, 12, 3, 2, 2, 3, 1, 0, 2, 1)));
 }
 
 template <typename T>
 void test_nhwc_all(const refconv::cpu::InstructionSet& set) {
-  const auto& kernels = set.kernels.depthwise<T>();
+  const auto& kernels = set.kernels.grouped<T>();
   const std::string isa = set.name;
   for (const int64_t channels : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33}) {  // straddle the vectors
     test_nhwc(kernels, isa, depthwise(channels, 1, 6, 11, 3, 3, 1, 1, 1, 1, 1, 1));
@@ -348,9 +370,9 @@ void test_refocus_all(const refconv::cpu::InstructionSet& set) {
 
 // Outputs large enough to be written around the cache.
 void test_large(const refconv::cpu::InstructionSet& set) {
-  const auto& kernels = set.kernels.depthwise<float>();
-  test_depthwise(kernels, set.name, depthwise(4, 1, 512, 1040, 3, 3, 1, 1, 1, 1, 1, 1));
-  test_depthwise(kernels, set.name, depthwise(4, 1, 512, 1033, 3, 3, 2, 2, 1, 1, 1, 1));
+  const auto& kernels = set.kernels.grouped<float>();
+  test_grouped(kernels, set.name, depthwise(4, 1, 512, 1040, 3, 3, 1, 1, 1, 1, 1, 1));
+  test_grouped(kernels, set.name, depthwise(4, 1, 512, 1033, 3, 3, 2, 2, 1, 1, 1, 1));
   test_nhwc(kernels, set.name, depthwise(32, 1, 256, 260, 3, 3, 1, 1, 1, 1, 1, 1));
   test_refocus(set.kernels.refocus<float>(), set.name, RefocusProblem{352, 352, 3, 3, 3, true});
 }
@@ -359,10 +381,10 @@ void test_large(const refconv::cpu::InstructionSet& set) {
 
 int main() {
   for (const auto* set : refconv::cpu::instruction_sets()) {
-    test_depthwise_all<float>(*set);
-    test_depthwise_all<double>(*set);
-    test_depthwise_all<BFloat16>(*set);
-    test_depthwise_all<Half>(*set);
+    test_grouped_all<float>(*set);
+    test_grouped_all<double>(*set);
+    test_grouped_all<BFloat16>(*set);
+    test_grouped_all<Half>(*set);
     test_nhwc_all<float>(*set);
     test_nhwc_all<double>(*set);
     test_nhwc_all<BFloat16>(*set);

@@ -1,13 +1,14 @@
-// Backward of the depthwise convolution on NCHW planes: dx, dW and dbias in one pass.
+// Backward of a convolution with few channels per group, or one (depthwise), on NCHW planes: dx, dW and dbias in one
+// pass.
 //
-// Equations: csrc/problem.h. Ownership: one input channel per task, over the whole batch, so that dW and dbias are
-// private to it and summed in a fixed order: the result is the same for any number of threads.
-// Bytes: reads x and dy once, writes dx once.
-// Accumulation: dx in the compute type; dW and dbias in lanes of it, row by row and strip by strip within a plane, and
-// in double over the planes of about a thousand terms.
-#include "depthwise_backward_plane.h"
+// Equations: csrc/problem.h. Ownership: one input channel per task, over the whole batch, so that its dW is private
+// to it, as is dbias to the first channel of a group, and summed in a fixed order: the result is the same for any
+// number of threads. Bytes: reads x once and dy per_group times, writes dx once. Accumulation: dx in the compute type;
+// dW and dbias in lanes of it, row by row and strip by strip within a plane, and in double over the planes of about a
+// thousand terms.
 #include "elements.h"
 #include "entry_points.h"
+#include "grouped_plane.h"
 #include "scratch.h"
 #include "simd.h"
 #include "streaming.h"
@@ -21,12 +22,13 @@ constexpr int64_t kTermsInLanes = 1024;  // added up in one lane before they mov
 // dW of one output channel by the definition. The fast passes multiply padding by zero instead of leaving it out, so
 // an infinite x makes NaN of taps that never see it; such a channel is computed again.
 template <typename S>
-void exact_weight_gradient(const DepthwiseProblem& p, const S* grad_y, const S* x, int64_t out_channel, S* grad) {
+void exact_weight_gradient(const GroupedProblem& p, const S* grad_y, const S* x, int64_t out_channel, int64_t channel,
+                           S* grad) {
   for (int64_t a = 0; a < p.kernel_h; ++a) {
     for (int64_t b = 0; b < p.kernel_w; ++b) {
       double total = 0;
       for (int64_t n = 0; n < p.batch; ++n) {
-        const S* source = x + (n * p.channels + out_channel / p.multiplier) * p.in_size();
+        const S* source = x + (n * p.channels + channel) * p.in_size();
         const S* dy = grad_y + (n * p.out_channels() + out_channel) * p.out_size();
         for (int64_t i = 0; i < p.out_h; ++i) {
           const int64_t h = i * p.stride_h - p.pad_h + a * p.dilation_h;
@@ -48,8 +50,8 @@ bool is_finite(double value) { return value - value == 0; }
 }  // namespace
 
 template <typename S>
-void depthwise_backward(const DepthwiseProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x,
-                        S* grad_weight, S* grad_bias, int64_t begin, int64_t end) {
+void grouped_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
+                      S* grad_bias, int64_t begin, int64_t end) {
   using T = Compute<S>;
   constexpr int64_t kLane = kLanes<T>;
   Backward<S> backward(p);
@@ -70,9 +72,10 @@ void depthwise_backward(const DepthwiseProblem& p, const S* grad_y, const S* x, 
       for (int64_t c = 0; c < count; ++c) {
         const int64_t plane = n * p.channels + first + c;
         S* dx = grad_x != nullptr ? grad_x + plane * p.in_size() : unwanted.data();
-        const int64_t out_plane = plane * p.multiplier, out_channel = (first + c) * p.multiplier;
-        backward.run(x + plane * p.in_size(), dx, grad_y + out_plane * p.out_size(), weight + out_channel * p.taps(),
-                     lanes.data() + c * per_channel, grad_bias != nullptr, c + 1 == count);
+        const int64_t out_channel = (first + c) / p.per_group * p.multiplier, member = (first + c) % p.per_group;
+        backward.run(x + plane * p.in_size(), dx, grad_y + (n * p.out_channels() + out_channel) * p.out_size(),
+                     weight + (out_channel * p.per_group + member) * p.taps(), lanes.data() + c * per_channel,
+                     grad_bias != nullptr && member == 0, c + 1 == count);
       }
       terms += backward.terms();
       if (terms < kTermsInLanes && n + 1 < p.batch) continue;
@@ -81,29 +84,31 @@ void depthwise_backward(const DepthwiseProblem& p, const S* grad_y, const S* x, 
       lanes.clear();
     }
     for (int64_t k = 0; k < count * p.multiplier; ++k) {
-      const int64_t out_channel = first * p.multiplier + k;
+      const int64_t channel = first + k / p.multiplier, member = channel % p.per_group;
+      const int64_t out_channel = channel / p.per_group * p.multiplier + k % p.multiplier;
       const auto sum_of = [&](int64_t tap) {
         double sum = 0;
         for (int64_t lane = 0; lane < kLane; ++lane) sum += total[k * totals + tap * kLane + lane];
         return sum;
       };
-      if (grad_bias != nullptr) store_one(grad_bias + out_channel, static_cast<T>(sum_of(p.taps())));
+      if (grad_bias != nullptr && member == 0) store_one(grad_bias + out_channel, static_cast<T>(sum_of(p.taps())));
       if (grad_weight == nullptr) continue;
+      S* to = grad_weight + (out_channel * p.per_group + member) * p.taps();
       bool finite = true;
       for (int64_t tap = 0; tap < p.taps(); ++tap) {
         const double sum = sum_of(tap);
         finite = finite && is_finite(sum);
-        store_one(grad_weight + out_channel * p.taps() + tap, static_cast<T>(sum));
+        store_one(to + tap, static_cast<T>(sum));
       }
-      if (!finite) exact_weight_gradient(p, grad_y, x, out_channel, grad_weight + out_channel * p.taps());
+      if (!finite) exact_weight_gradient(p, grad_y, x, out_channel, channel, to);
     }
   }
   end_streams();
 }
 
-REFCONV_INSTANTIATE_DEPTHWISE_BACKWARD(float)
-REFCONV_INSTANTIATE_DEPTHWISE_BACKWARD(double)
-REFCONV_INSTANTIATE_DEPTHWISE_BACKWARD(BFloat16)
-REFCONV_INSTANTIATE_DEPTHWISE_BACKWARD(Half)
+REFCONV_INSTANTIATE_GROUPED_BACKWARD(float)
+REFCONV_INSTANTIATE_GROUPED_BACKWARD(double)
+REFCONV_INSTANTIATE_GROUPED_BACKWARD(BFloat16)
+REFCONV_INSTANTIATE_GROUPED_BACKWARD(Half)
 
 }  // namespace refconv::cpu::REFCONV_ISA

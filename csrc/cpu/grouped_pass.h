@@ -1,4 +1,4 @@
-// The inner loop of the depthwise backward on NCHW planes.
+// The inner loop of the backward on NCHW planes.
 #pragma once
 
 #include "elements.h"

@@ -1,4 +1,4 @@
-// One plane at a time of the depthwise backward on NCHW planes: scratch, and the passes over it.
+// One plane at a time of the backward on NCHW planes: scratch, and the passes over it.
 //
 // Every pixel of x meets, for each tap, one pixel of dy: dx gains weight * dy and dW[tap] gains x * dy. With dy in
 // zero-padded scratch, one load of dy serves both. For a stride s, the pixels of x with equal remainders modulo s
@@ -6,8 +6,8 @@
 // stride and dilation are the same loops. A pass holds as many taps in registers as fit.
 #pragma once
 
-#include "depthwise_pass.h"
 #include "elements.h"
+#include "grouped_pass.h"
 #include "lattice.h"
 #include "scratch.h"
 #include "simd.h"
@@ -16,7 +16,7 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-constexpr int64_t kStripBytes = 24576;   // of x, dx and dy between two passes: the first cache
+constexpr int64_t kStripBytes = 24576;  // of x, dx and dy between two passes: the first cache
 
 // The backward of one call: scratch planes, where things lie in them, and the passes over a plane.
 template <typename S>
@@ -24,7 +24,7 @@ class Backward {
   using T = Compute<S>;
 
  public:
-  explicit Backward(const DepthwiseProblem& p)
+  explicit Backward(const GroupedProblem& p)
       : p_(p),
         in_place_(p.stride_w == 1 && p.stride_h == 1 && p.taps() <= kMaxTaps && p.kernel_h <= kMaxTapRows &&
                   sizeof(S) == sizeof(T)),
@@ -59,7 +59,7 @@ class Backward {
   // Terms that one call of run adds to a lane of dW at most.
   int64_t terms() const { return rows_ * ceil_div(x_pitch_, kLanes<T>); }
 
-  // One plane of x and the `multiplier` planes of dy that belong to it: writes dx, and adds to `sums` what each of dy's
+  // One plane of x and the `multiplier` planes of dy of its group: writes dx, and adds to `sums` what each of dy's
   // planes finds at its taps and, if wanted, behind them, for the bias: [multiplier, taps + 1, lanes]. Unless this is
   // the last one, the next plane follows this one in memory.
   void run(const S* x, S* grad_x, const S* grad_y, const S* weight, T* sums, bool want_bias, bool last) {
@@ -72,7 +72,8 @@ class Backward {
         // Where rows are held strip by strip, the one plane of dy stays in its scratch.
         if (u == 0) {
           take_dy(grad_y + m * p_.out_size(), want_bias ? total + p_.taps() * kLanes<T> : nullptr);
-          for (int64_t t = 0; t < p_.taps(); ++t) weight_[t] = load_one(weight + m * p_.taps() + t);
+          const S* from = weight + m * p_.per_group * p_.taps();
+          for (int64_t t = 0; t < p_.taps(); ++t) weight_[t] = load_one(from + t);
         }
         const bool more = !last || m + 1 < p_.multiplier;
         for (int64_t v = 0; v < rows; v += strip_) {
@@ -96,7 +97,7 @@ class Backward {
   };
 
   // Rows of a lattice that stay in the first cache from one pass to the next.
-  int64_t strip_of(const DepthwiseProblem& p) const {
+  int64_t strip_of(const GroupedProblem& p) const {
     const int64_t row_bytes = (2 * p.stride_h * p.stride_w * x_pitch_ + dy_pitch_) * static_cast<int64_t>(sizeof(T));
     return least(rows_, most(4, kStripBytes / row_bytes));
   }
@@ -231,7 +232,10 @@ class Backward {
         store(to + lattice_size_ + j / 2, permute<T, OddLanes>(a, b));
       }
     } else {
-      for (int64_t j = 0; j < p_.in_w; ++j) to[j % p_.stride_w * lattice_size_ + j / p_.stride_w] = load_one(from + j);
+      for (int64_t f = 0; f < p_.stride_w; ++f) {
+        T* part = to + f * lattice_size_;
+        for (int64_t j = f; j < p_.in_w; j += p_.stride_w) *part++ = load_one(from + j);
+      }
     }
   }
 
@@ -247,13 +251,14 @@ class Backward {
         store_ahead(to + j + kLanes<T>, permute<T, UpperInterleaved>(even, odd), p_.in_w - j - kLanes<T>, end);
       }
     } else {
-      for (int64_t j = 0; j < p_.in_w; ++j) {
-        store_one(to + j, from[j % p_.stride_w * lattice_size_ + j / p_.stride_w]);
+      for (int64_t f = 0; f < p_.stride_w; ++f) {
+        const T* part = from + f * lattice_size_;
+        for (int64_t j = f; j < p_.in_w; j += p_.stride_w) store_one(to + j, *part++);
       }
     }
   }
 
-  const DepthwiseProblem& p_;
+  const GroupedProblem& p_;
   const bool in_place_;  // x and dx need no scratch: one pass does everything
   const bool streamed_;  // dx is written around the cache
   // Rows and columns of one lattice, of the zeros before dy, and of the padded dy. The zeros behind a row of dy are
