@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from refconv_kernels.backends import cpu
+from refconv_kernels.backends import cpu, triton
 
 # --- schemas and fake kernels -------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class Kernel:
 UNAVAILABLE: dict[str, str | None] = {
     "reference": None,
     "cpu": cpu.unavailable(),
-    "triton": "no Triton kernels in this version",
+    "triton": triton.unavailable(),
     "cuda": "no CUDA kernels in this version",
 }
 
@@ -179,6 +179,27 @@ if UNAVAILABLE["cpu"] is None:
     )
     KERNELS["refconv2d"]["cpu"] = Kernel(
         _cpu.refconv2d.default, _cpu.refconv2d_backward.default, cpu.refconv2d_limits, cpu.refconv2d_slower
+    )
+
+if UNAVAILABLE["triton"] is None:
+    _register("triton")
+    for _name, _implementation in triton.IMPLEMENTATIONS.items():
+        torch.library.impl(f"refconv_triton::{_name}", triton.DISPATCH_KEY)(_implementation)
+    _triton = torch.ops.refconv_triton
+    KERNELS["refocus_weight"]["triton"] = Kernel(
+        _triton.refocus_weight.default,
+        _triton.refocus_weight_backward.default,
+        triton.refocus_weight_limits,
+        triton.slower,
+    )
+    KERNELS["grouped_conv2d"]["triton"] = Kernel(
+        _triton.grouped_conv2d.default,
+        _triton.grouped_conv2d_backward.default,
+        triton.grouped_conv2d_limits,
+        triton.slower,
+    )
+    KERNELS["refconv2d"]["triton"] = Kernel(
+        _triton.refconv2d.default, _triton.refconv2d_backward.default, triton.refconv2d_limits, triton.slower
     )
 
 

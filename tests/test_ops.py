@@ -36,7 +36,7 @@ def run(
     x, basis, refocus, bias = leaves
     options = {k: v for k, v in case.options.items() if k != "bias"}
     y = functional.refconv2d(x, basis, refocus, bias, **options)
-    ramp = torch.linspace(-1, 1, max(1, y.numel()), dtype=torch.float64)[: y.numel()].view(y.shape)
+    ramp = torch.linspace(-1, 1, max(1, y.numel()), dtype=torch.float64, device=y.device)[: y.numel()].view(y.shape)
     grads = torch.autograd.grad(y, [t for t in leaves if t is not None], ramp.to(y.dtype))
     return [y.detach(), *grads]
 
@@ -50,8 +50,14 @@ def layout_of(tensor: Tensor) -> list[int]:
     )
 
 
-def check(case: Case, backend: str, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> None:
-    tensors = [t.to(dtype) if t is not None else None for t in (case.input(), *case.tensors())]
+def check(
+    case: Case,
+    backend: str,
+    dtype: torch.dtype,
+    layout: torch.memory_format = torch.contiguous_format,
+    device: str = "cpu",
+) -> None:
+    tensors = [t.to(device, dtype) if t is not None else None for t in (case.input(), *case.tensors())]
     with use_backend("reference"):
         want = run(case, [t.double() if t is not None else None for t in tensors])
         formula = run(case, tensors, layout)
@@ -298,8 +304,8 @@ def test_unknown_and_unavailable_backends_raise_and_say_why() -> None:
     ):
         pass
     with (
-        pytest.raises(RuntimeError, match=r"name \(='triton'\) cannot run here: no Triton kernels"),
-        use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"name \(='cuda'\) cannot run here: no CUDA kernels"),
+        use_backend("cuda"),
     ):
         pass
     assert refconv_kernels.current_backend() == "auto"

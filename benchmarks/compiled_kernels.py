@@ -1,0 +1,175 @@
+"""What the Triton kernels compile to, without a GPU: registers, spills, shared memory.
+
+    python -m benchmarks.compiled_kernels [TARGET ...] [--quick]
+
+Targets: sm_80, sm_90, sm_100, gfx942; all by default. Each kernel is compiled as the library would launch it for a list
+of layers, in every dtype and layout. A spill or a kernel that does not compile makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # compiled, whatever the tests do
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from refconv_kernels.backends.triton import depthwise, refocus
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+#: Channels, height and width, kernel size, stride, dilation, channel multiplier.
+LAYERS = [
+    (144, 56, 3, 1, 1, 1),
+    (144, 56, 3, 2, 1, 1),
+    (960, 7, 3, 1, 1, 1),
+    (120, 28, 5, 1, 1, 1),
+    (72, 56, 5, 2, 1, 1),
+    (384, 14, 7, 1, 1, 1),
+    (64, 28, 3, 1, 2, 2),
+    (64, 28, 9, 1, 1, 1),
+    (32, 28, 31, 1, 1, 1),
+]
+#: Shape of the basis, groups.
+BASES = [((960, 1, 3, 3), 960), ((384, 1, 7, 7), 384), ((128, 4, 3, 3), 32), ((64, 64, 3, 3), 1), ((24, 8, 5, 5), 2)]
+
+
+class _Target:
+    """Stands in for Triton's driver: a device that only compiles."""
+
+    def __init__(self, target: GPUTarget, number: int) -> None:
+        self.target, self.number = target, number
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one problem on one target."""
+
+    kernel: str
+    problem: str
+    registers: int
+    spilled: int  # bytes of memory per thread; scalar registers that AMD keeps in vector registers are no spills
+    shared: int  # bytes
+
+
+def problems(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Names of problems, and calls that launch all kernels of one."""
+    dtypes = [torch.float32, torch.bfloat16] + ([] if quick else [torch.float16, torch.float64])
+    for channels, size, kernel, stride, dilation, multiplier in LAYERS[:6:2] if quick else LAYERS:
+        pads = [[v, v] for v in (stride, dilation * (kernel // 2), dilation)]
+        for dtype in dtypes:
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = torch.empty(8, channels, size, size, dtype=dtype).to(memory_format=layout)
+                weight = torch.empty(channels * multiplier, 1, kernel, kernel, dtype=dtype)
+                y = torch.nn.functional.conv2d(x.to("meta"), weight.to("meta"), None, *pads, groups=channels)
+                dy = torch.empty(y.shape, dtype=dtype).to(memory_format=layout)
+                name = f"{channels}x{size}x{size} K{kernel} s{stride} d{dilation} m{multiplier} {str(dtype)[6:]}"
+                name += " NHWC" if layout is torch.channels_last else " NCHW"
+                yield name, partial(depthwise.forward, x, weight, weight[:, 0, 0, 0], *pads)
+                yield name, partial(depthwise.backward, dy, x, weight, *pads, True, True, True)
+                if not quick:
+                    yield name, partial(depthwise.backward, dy, x, weight, *pads, True, False, False)
+                    yield name, partial(depthwise.backward, dy, x, weight, *pads, False, True, False)
+    for shape, groups in BASES:
+        for dtype in (torch.float32, torch.float64):
+            basis = torch.empty(shape, dtype=dtype)
+            for map_size in (3, 5):
+                maps = torch.empty(shape[0] * shape[1], groups, map_size, map_size, dtype=dtype)
+                name = f"{'x'.join(map(str, shape))} g{groups} k{map_size} {str(dtype)[6:]}"
+                yield name, partial(refocus.forward, basis, maps, True)
+                yield name, partial(refocus.backward, basis, basis, groups, map_size)
+
+
+def compile_for(target: str, quick: bool = False) -> Iterator[Compiled]:
+    """Every kernel that the problems launch, compiled for ``target``."""
+    driver.set_active(_Target(TARGETS[target], list(TARGETS).index(target)))
+    found: dict[int, tuple[str, str, Any]] = {}
+    problem = ""
+
+    def compile_only(kernel: JITFunction, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            if TARGETS[target].backend != "cuda":
+                options.pop("maxnreg", None)  # as the library does on such a device
+            compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+            found.setdefault(id(compiled), (kernel.fn.__name__, problem, compiled))
+
+        return launch
+
+    launch_as_usual, JITFunction.__getitem__ = JITFunction.__getitem__, compile_only
+    try:
+        for problem, call in problems(quick):  # noqa: B007 (read by compile_only)
+            call()
+    finally:
+        JITFunction.__getitem__ = launch_as_usual
+    for kernel, problem, compiled in found.values():
+        yield Compiled(kernel, problem, *_resources(compiled.asm))
+
+
+def _resources(code: Any) -> tuple[int, int, int]:
+    """Registers, spills and bytes of shared memory, read from the compiled code."""
+    if "amdgcn" in code:
+        text = code["amdgcn"]
+        keys = ("vgpr_count", "private_segment_fixed_size", "group_segment_fixed_size")
+        registers, spilled, shared = (int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in keys)
+        return registers, spilled, shared
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, shared, local = (
+        int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")
+    )
+    return registers, stack + local, shared
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_kernels", description=__doc__.split("\n")[0])
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="a few layers, float32 and bfloat16 only")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.targets if name not in TARGETS]
+    if unknown:
+        parser.error(f"TARGET (={unknown[0]!r}) must be one of {', '.join(TARGETS)}")
+    spills = 0
+    print(f"triton {triton.__version__}, torch {torch.__version__}")
+    for target in options.targets or TARGETS:
+        print(f"\n{target}\n{'kernel':24} {'problem':44} registers spilled shared")
+        for one in compile_for(target, options.quick):
+            spills += one.spilled > 0
+            print(f"{one.kernel:24} {one.problem:44} {one.registers:9} {one.spilled:7} {one.shared:6}", flush=True)
+    print(f"\n{spills} kernels spill" if spills else "\nno kernel spills")
+    return 1 if spills else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The Triton GPU backend (NVIDIA and AMD): which problems its kernels cover, and the operators over them.
+
+The kernels are in :mod:`.depthwise` and :mod:`.refocus`; Triton is imported when one is first launched. With
+``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs them on tensors in main memory, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_REFOCUS_DTYPES = (torch.float32, torch.float64)
+_CONV_DTYPES = (*_REFOCUS_DTYPES, torch.bfloat16, torch.float16)
+_LARGEST_KERNEL = 31
+_CHANNEL_LIMIT = 65536  # a launch has that many programs in its second direction
+_INDEX_LIMIT = 2**31  # within one image, and for the pixels of a batch, indices have 32 bits
+
+#: Whether Triton's interpreter stands in for a GPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    """Why the Triton kernels cannot be used, in one line; None when they can."""
+    if util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.version.cuda is None and torch.version.hip is None and not INTERPRETED:
+        return "this torch has no GPU support"
+    return None
+
+
+def _limits(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    device = "cpu" if INTERPRETED else "cuda"
+    if tensor.device.type != device:
+        return f"{name} is on {tensor.device}, the kernel runs on {device}"
+    if tensor.dtype not in dtypes:
+        covered = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"{name} has dtype {tensor.dtype}, the kernel covers {covered}"
+    return None
+
+
+def refocus_weight_limits(basis: Tensor, refocus: Tensor) -> str | None:
+    """Why the ``refocus_weight`` kernel does not cover this problem; None when it does."""
+    return _limits(basis, "basis", _REFOCUS_DTYPES)
+
+
+def grouped_conv2d_limits(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:
+    """Why the ``grouped_conv2d`` kernel does not cover this problem; None when it does."""
+    if groups != input.shape[-3] or weight.shape[1] != 1:
+        return f"groups (={groups}) differs from in_channels (={input.shape[-3]}), the kernel is depthwise"
+    if max(weight.shape[2:]) > _LARGEST_KERNEL:
+        return f"kernel_size (={tuple(weight.shape[2:])}), the kernel covers at most {_LARGEST_KERNEL}"
+    if weight.shape[0] >= _CHANNEL_LIMIT:
+        return f"out_channels (={weight.shape[0]}), the kernel covers less than {_CHANNEL_LIMIT}"
+    pixels = max(input.shape[-1] * input.shape[-2], 1)
+    batch = input.shape[0] if input.dim() == 4 else 1
+    if pixels * max(batch, weight.shape[0]) >= _INDEX_LIMIT:
+        return f"input.shape (={tuple(input.shape)}) is beyond 2^31 pixels, or elements of an image"
+    return _limits(input, "input", _CONV_DTYPES)
+
+
+def refconv2d_limits(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, out_width: int) -> str | None:
+    """Why the ``refconv2d`` kernels, both steps in one call, do not cover this problem; None when they do."""
+    return refocus_weight_limits(basis, refocus) or grouped_conv2d_limits(input, basis, groups, out_width)
+
+
+def slower(*_: Any) -> str | None:
+    """Why ``"auto"`` leaves a problem to PyTorch; None when it does not."""
+    return "Triton's interpreter is for tests" if INTERPRETED else None
+
+
+# --- the operators -------------------------------------------------------------------------------------------
+
+
+def _refocus_weight(basis: Tensor, refocus: Tensor, identity: bool) -> Tensor:
+    from refconv_kernels.backends.triton import refocus as kernels
+
+    return kernels.forward(basis, refocus, identity)
+
+
+def _refocus_weight_backward(grad_transformed: Tensor, basis: Tensor, group_size: int, map_size: int) -> Tensor:
+    from refconv_kernels.backends.triton import refocus as kernels
+
+    return kernels.backward(grad_transformed, basis, group_size, map_size)
+
+
+def _grouped_conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    from refconv_kernels.backends.triton import depthwise as kernels
+
+    return kernels.forward(input, weight, bias, stride, padding, dilation)
+
+
+def _grouped_conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from refconv_kernels.backends.triton import depthwise as kernels
+
+    return kernels.backward(grad_output, input, weight, stride, padding, dilation, need_input, need_weight, need_bias)
+
+
+def _refconv2d(
+    input: Tensor, basis: Tensor, refocus: Tensor, bias: Tensor | None, identity: bool, *geometry: list[int]
+) -> tuple[Tensor, Tensor]:
+    transformed = _refocus_weight(basis, refocus, identity)
+    return _grouped_conv2d(input, transformed, bias, *geometry), transformed
+
+
+def _refconv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    transformed: Tensor,
+    basis: Tensor,
+    group_size: int,
+    map_size: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    need_input: bool,
+    need_basis: bool,
+    need_refocus: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = need_input, need_basis or need_refocus, need_bias
+    grad_input, grad_weight, grad_bias = _grouped_conv2d_backward(
+        grad_output, input, transformed, stride, padding, dilation, *needs
+    )
+    grad_refocus = basis.new_empty(0)
+    if need_refocus:
+        grad_refocus = _refocus_weight_backward(grad_weight, basis, group_size, map_size)
+    return grad_input, grad_weight, grad_refocus, grad_bias
+
+
+#: Implementations of the operators ``refconv_triton::<name>`` (schemas: :mod:`refconv_kernels.ops`).
+IMPLEMENTATIONS = {
+    "refocus_weight": _refocus_weight,
+    "refocus_weight_backward": _refocus_weight_backward,
+    "grouped_conv2d": _grouped_conv2d,
+    "grouped_conv2d_backward": _grouped_conv2d_backward,
+    "refconv2d": _refconv2d,
+    "refconv2d_backward": _refconv2d_backward,
+}
+#: The dispatch key they are registered for.
+DISPATCH_KEY = "CPU" if INTERPRETED else "CUDA"

@@ -1,0 +1,264 @@
+"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter (tests/conftest.py)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.compiled_kernels import TARGETS
+from refconv_kernels import RefConv2d, functional, ops, use_backend
+from refconv_kernels.backends import triton
+from tests.cases import CASES, SMALL, Case
+from tests.test_ops import DTYPES, KERNEL_DTYPES, _samples, check
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.skipif(ops.UNAVAILABLE["triton"] is not None, reason=f"triton: {ops.UNAVAILABLE['triton']}")
+DEVICE = "cpu" if triton.INTERPRETED else "cuda"
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case: Case, layout: torch.memory_format) -> None:
+    check(case, "triton", torch.float32, layout, DEVICE)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_other_dtypes(case: Case, dtype: torch.dtype) -> None:
+    for layout in LAYOUTS:
+        check(case, "triton", dtype, layout, DEVICE)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("batch", "channels", "height", "width"),
+    [
+        (1, 2, 7, 73),  # 511 pixels: a tile of NCHW has 512
+        (1, 2, 16, 32),
+        (1, 2, 3, 171),
+        (11, 3, 7, 7),  # several images in a tile, the last one in two
+        (2, 63, 3, 3),  # a tile of channels_last has up to 64 channels, and 16 pixels of them
+        (2, 64, 4, 4),
+        (1, 65, 1, 17),
+    ],
+)
+def test_sizes_that_straddle_the_tiles(batch: int, channels: int, height: int, width: int) -> None:
+    case = Case("tiles", channels, channels, (3, 3), channels, batch=batch, height=height, width=width)
+    for layout in LAYOUTS:
+        check(case, "triton", torch.float32, layout, DEVICE)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 1)], ids=str)
+def test_sums_of_several_chunks(stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from refconv_kernels.backends.triton import depthwise
+
+    monkeypatch.setattr(depthwise, "_PROGRAMS", 4)  # two channels: two chunks of several tiles
+    case = Case("chunks", 2, 2, (3, 3), 2, stride=stride, batch=3, height=31, width=30)
+    for layout in LAYOUTS:
+        check(case, "triton", torch.float32, layout, DEVICE)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("9x9", 3, 3, (9, 9), 3, padding=(4, 4), height=10, width=11),  # dW by blocks of rows
+        Case("31x2", 2, 2, (31, 2), 2, padding=(15, 0), height=9),
+        Case("2x31", 2, 4, (2, 31), 2, padding=(0, 15), stride=(2, 1), height=9),
+        Case("7x7_stride", 3, 3, (7, 7), 3, padding=(2, 3), stride=(2, 2), height=12, width=13),
+        Case("no_padding", 3, 3, (3, 3), 3, padding=(0, 0)),  # no tap meets every pixel of dy: dbias on its own
+        Case("wide_padding", 3, 3, (3, 3), 3, padding=(4, 3)),
+        Case("stride_beyond_kernel", 3, 3, (2, 2), 3, padding=(0, 0), stride=(5, 4), height=12, width=13),
+        Case(
+            "stride_and_dilation", 3, 6, (3, 3), 3, stride=(2, 4), dilation=(4, 2), padding=(3, 1), height=13, width=12
+        ),
+    ],
+    ids=str,
+)
+def test_unusual_geometry(case: Case) -> None:
+    for layout in LAYOUTS:
+        check(case, "triton", torch.float32, layout, DEVICE)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("basis", "groups", "map_size"),
+    [
+        ((7, 1, 3, 3), 7, 3),  # 63 entries of W_r per 2-D kernel: narrow; from 64 on wide
+        ((8, 1, 3, 3), 8, 3),
+        ((33, 1, 3, 3), 33, 3),  # more than one block of a row, and of rows
+        ((130, 1, 1, 1), 130, 1),
+        ((12, 1, 9, 8), 12, 3),  # more pixels than a program takes
+        ((3, 2, 9, 8), 2, 3),
+        ((6, 4, 5, 2), 2, 5),
+        ((6, 4, 5, 2), 3, 5),
+        ((20, 18, 3, 3), 1, 3),  # several blocks of 2-D kernels
+        ((5, 7, 3, 3), 1, 7),
+    ],
+)
+def test_weight_transform(basis: tuple[int, ...], groups: int, map_size: int, dtype: torch.dtype) -> None:
+    kernels = torch.randn(basis, dtype=dtype, device=DEVICE)
+    maps = torch.randn(basis[0] * basis[1], groups, map_size, map_size, dtype=dtype, device=DEVICE).requires_grad_()
+    cotangent = torch.randn(basis, dtype=dtype, device=DEVICE)
+    for identity in (True, False):
+        results = []
+        for backend, wanted in (("triton", dtype), ("reference", torch.float64)):
+            with use_backend(backend):
+                transformed = functional.refocus_weight(kernels.to(wanted), maps.to(wanted), identity=identity)
+                results.append([transformed, *torch.autograd.grad(transformed, maps, cotangent.to(wanted))])
+        assert_close(results[0][0], results[1][0], groups * map_size**2)
+        assert_close(results[0][1], results[1][1].to(torch.float64), basis[2] * basis[3])
+
+
+def test_gradcheck() -> None:
+    case = SMALL[0]
+    tensors = [case.input(), *case.tensors()]
+    leaves = [None if t is None else t.to(DEVICE).requires_grad_() for t in tensors]
+
+    def run(*leaves: Tensor) -> Tensor:
+        return functional.refconv2d(*leaves, padding=case.padding, groups=case.groups)
+
+    with use_backend("triton"):
+        assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+        assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    case = Case("many", 5, 5, (3, 3), 5, batch=3, height=31, width=30)
+    x = case.input(torch.float32, DEVICE)
+    weight = torch.randn(5, 1, 3, 3, device=DEVICE)
+    op = torch.ops.refconv_triton.grouped_conv2d_backward.default
+    results = [op(x, x, weight, [1, 1], [1, 1], [1, 1], True, True, True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_infinity_reaches_only_the_taps_that_see_it() -> None:
+    x, weight = torch.randn(1, 1, 5, 7, device=DEVICE), torch.randn(1, 1, 3, 3, device=DEVICE)
+    x[0, 0, 2, 6] = float("inf")
+    op = torch.ops.refconv_triton.grouped_conv2d_backward.default
+    got = op(torch.ones(1, 1, 3, 5, device=DEVICE), x, weight, [1, 1], [0, 0], [1, 1], False, True, False)[1]
+    assert torch.equal(got.isinf()[0, 0], torch.tensor([[False, False, True]] * 3, device=DEVICE))
+    assert not got.isnan().any()
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
+def test_only_what_is_needed(wanted: tuple[bool, bool, bool]) -> None:
+    x, weight = torch.randn(2, 3, 5, 6, device=DEVICE), torch.randn(3, 1, 3, 3, device=DEVICE)
+    op = torch.ops.refconv_triton.grouped_conv2d_backward.default
+    every = op(x, x, weight, [1, 1], [1, 1], [1, 1], True, True, True)
+    for got, whole, need in zip(op(x, x, weight, [1, 1], [1, 1], [1, 1], *wanted), every, wanted, strict=True):
+        if need:
+            torch.testing.assert_close(got, whole)
+        else:
+            assert got.numel() == 0
+
+
+@pytest.mark.parametrize("name", list(ops._SCHEMAS))
+@pytest.mark.parametrize("case", SMALL[:3], ids=str)
+def test_opcheck(name: str, case: Case) -> None:
+    samples = [t.to(DEVICE) if isinstance(t, Tensor) else t for t in _samples(name, case)]
+    torch.library.opcheck(getattr(torch.ops.refconv_triton, name).default, tuple(samples))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+def test_compile_fullgraph() -> None:
+    layer = RefConv2d(6, 6, 3, padding=1, groups=6).to(DEVICE)
+    x = torch.randn(2, 6, 7, 9, device=DEVICE)
+    with use_backend("triton"):
+        want = layer(x)
+        got = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, want)
+
+
+def test_limits_name_what_is_not_covered() -> None:
+    x, weight = torch.empty(1, 4, 5, 5, device=DEVICE), torch.empty(4, 1, 3, 3, device=DEVICE)
+    limits = triton.grouped_conv2d_limits
+    assert limits(x, weight, 4, 5) is None
+    assert limits(x, weight, 2, 5) == "groups (=2) differs from in_channels (=4), the kernel is depthwise"
+    large = torch.empty(4, 1, 3, 32, device=DEVICE)
+    assert limits(x, large, 4, 5) == "kernel_size (=(3, 32)), the kernel covers at most 31"
+    huge = torch.empty(1, 4, 40000, 20000, device="meta")
+    assert "is beyond 2^31 pixels, or elements of an image" in limits(huge, weight, 4, 5)
+    many = torch.empty(65536, 1, 3, 3, device="meta")
+    assert limits(x, many, 4, 5) == "out_channels (=65536), the kernel covers less than 65536"
+    assert limits(x.cfloat(), weight, 4, 5).startswith("input has dtype torch.complex64, the kernel covers")
+    assert triton.refocus_weight_limits(weight.half(), weight).startswith("basis has dtype torch.float16")
+    assert triton.refocus_weight_limits(weight.to("meta"), weight) == f"basis is on meta, the kernel runs on {DEVICE}"
+    assert triton.refconv2d_limits(x, weight, weight, 2, 5) == limits(x, weight, 2, 5)
+
+
+def test_auto_leaves_the_interpreter_alone() -> None:
+    x, weight = torch.empty(1, 4, 5, 5, device=DEVICE), torch.empty(4, 1, 3, 3, device=DEVICE)
+    assert (ops.choose("grouped_conv2d", x, weight, 4, 5) == "triton") is (DEVICE == "cuda")
+
+
+_GUARDED = """
+import torch
+from refconv_kernels.backends.triton import depthwise, refocus
+from tests.cases import CASES
+from tests.guard import guarded
+for case in CASES:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        if not case.batch or isinstance(case.padding, str) or case.padding_mode != "zeros":
+            continue
+        x, (basis, maps, bias) = case.input(torch.float32).to(memory_format=layout), case.tensors(torch.float32)
+        x, basis, maps = guarded(x), guarded(basis), guarded(maps)
+        refocus.forward(basis, maps, True)
+        refocus.backward(guarded(basis), basis, *maps.shape[1:3])
+        if case.groups == case.in_channels:
+            geometry = case.stride, case.padding, case.dilation
+            y = depthwise.forward(x, basis, None if bias is None else guarded(bias), *geometry)
+            depthwise.backward(guarded(y), x, basis, *geometry, True, True, True)
+print("whole")
+"""
+_BEYOND = """
+import torch
+import triton
+from tests.guard import guarded
+@triton.jit
+def read(x, y):
+    i = triton.language.arange(0, 8)
+    triton.language.store(y + i, triton.language.load(x + i))
+read[(1,)](guarded(torch.randn(6)), torch.empty(8))
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU, compute-sanitizer looks for this")
+def test_nothing_beyond_the_inputs_is_read() -> None:
+    done = subprocess.run([sys.executable, "-c", _GUARDED], capture_output=True, text=True)
+    assert done.stdout.strip() == "whole", done.stderr[-2000:]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU, compute-sanitizer looks for this")
+def test_the_guard_catches_an_access_beyond(tmp_path) -> None:
+    (tmp_path / "beyond.py").write_text(_BEYOND)  # Triton reads the source of a kernel from a file
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "beyond.py")],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert done.returncode == -11, done.stderr
+
+
+def test_every_kernel_compiles_without_a_spill() -> None:
+    """For every target, without a GPU; ``python -m benchmarks.compiled_kernels`` has more problems."""
+    command = [sys.executable, "-m", "benchmarks.compiled_kernels", "--quick"]
+    names = list(TARGETS)
+    halves = [
+        subprocess.Popen([*command, *half], stdout=subprocess.PIPE, text=True) for half in (names[::2], names[1::2])
+    ]
+    for process in halves:
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed
+        assert "no kernel spills" in printed
+        assert all(kernel in printed for kernel in ("forward_kernel", "backward_kernel", "wide_", "narrow_"))
