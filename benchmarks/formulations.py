@@ -38,7 +38,7 @@ class TwoConvolutions(nn.Module):
     def transformed_weight(self) -> Tensor:
         """``W_t``, ``[C_out, C_in/g, K_h, K_w]``."""
         basis = self.basis_weight
-        return basis + self.transform(basis.view(1, -1, *basis.shape[2:])).view_as(basis)
+        return basis + self.transform(basis.reshape(1, -1, *basis.shape[2:])).reshape(basis.shape)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.conv2d(input, self.transformed_weight(), self.bias, *self.geometry)

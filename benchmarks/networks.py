@@ -127,6 +127,44 @@ class ResNet18(nn.Module):
         return self.classifier(self.features(images).mean((2, 3)))
 
 
+class _ChannelNorm(nn.LayerNorm):
+    """Over the channels of ``[B, C, H, W]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class _ConvNeXtBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.pointwise = nn.Sequential(
+            nn.LayerNorm(width, eps=1e-6), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.scale = nn.Parameter(torch.full((width,), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.scale * self.pointwise(self.depthwise(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+class ConvNeXtTiny(nn.Module):
+    """ConvNeXt-T (Liu et al., 2022), without stochastic depth."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        widths = (96, 192, 384, 768)
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 4), _ChannelNorm(widths[0], eps=1e-6)]
+        for stage, (width, depth) in enumerate(zip(widths, (3, 3, 9, 3), strict=True)):
+            if stage:
+                layers += [_ChannelNorm(widths[stage - 1], eps=1e-6), nn.Conv2d(widths[stage - 1], width, 2, 2)]
+            layers += [_ConvNeXtBlock(width) for _ in range(depth)]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.LayerNorm(widths[-1], eps=1e-6), nn.Linear(widths[-1], classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images).mean((2, 3)))
+
+
 #: Whole training steps: the network, its batch, and the side of its square images in pixels.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "MobileNetV1_b32_64px": (MobileNetV1, 32, 64),

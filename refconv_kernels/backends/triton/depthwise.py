@@ -229,7 +229,7 @@ def forward(
             **_constants(x, weight, y, stride, padding, dilation),
             HAS_BIAS=bias is not None, UNROLL_H=weight.shape[2] if block_c == 1 and weight[0].numel() <= 9 else 1,
             UNROLL_W=weight.shape[3] if weight.shape[3] <= _UNROLLED_COLUMNS else 4,
-            ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(128),
+            ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(168),
         )  # fmt: skip
     return y
 
@@ -279,14 +279,14 @@ def backward(
             grid = (triton.cdiv(pixels, block_p), triton.cdiv(x.shape[1], block_c))
             input_gradient_kernel[grid](
                 dy, weight, dx, x.shape[0], x.shape[1], *strides, **constants,
-                ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(128),
+                ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(168),
             )  # fmt: skip
         if need_weight:
             tap_rows = weight.shape[2] if taps <= _FUSED_TAPS else max(1, _FUSED_TAPS // kernel_w)
             bias_tap = _bias_tap(constants) if need_bias and tap_rows == weight.shape[2] else -1
             # Every element of a tile has a lane of every sum: 4 of them per thread and tap, or 2, or 1.
             few = taps <= 9 and x.dtype != torch.float64
-            elements, most = (512, 128) if few else (256 if x.dtype != torch.float64 else 128, 255)
+            elements, most = (512, 168) if few else (256 if x.dtype != torch.float64 else 128, 255)
             block_p, block_c = _blocks(dy.shape[1], layout is torch.channels_last, elements)
             tiles, channel_blocks = triton.cdiv(pixels, block_p), triton.cdiv(dy.shape[1], block_c)
             row_blocks = triton.cdiv(weight.shape[2], tap_rows)

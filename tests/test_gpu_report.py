@@ -1,0 +1,62 @@
+"""The GPU report: its measurements on tiny problems, on the device at hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import gpu_report
+from benchmarks.layers import Layer
+from benchmarks.networks import ConvNeXtTiny
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TINY = [Layer("net", 6, 6, 3, 1, 1, 6, 8, 8, 1), Layer("net", 4, 4, 3, 2, 1, 1, 8, 8, 1)]
+
+
+@pytest.fixture
+def timer(monkeypatch: pytest.MonkeyPatch) -> gpu_report.Timer:
+    monkeypatch.setattr(gpu_report, "ROUNDS", 2)
+    return gpu_report.Timer(DEVICE)
+
+
+def test_all_rows_and_their_table(timer: gpu_report.Timer) -> None:
+    rows = [*gpu_report.transforms(timer, DEVICE, TINY), *gpu_report.layers(timer, DEVICE, 2, TINY, compiled=0)]
+    rows += gpu_report.steps(timer, DEVICE, {"tiny": (_tiny, 2, 8)})
+    assert [row["kind"] for row in rows] == 4 * ["transform"] + 16 * ["layer"] + 4 * ["step"]
+    for row in rows:
+        assert {"ours", "two_convolutions"} <= row["ms"].keys()
+        assert all(ms > 0 for ms in row["ms"].values())
+    layer = rows[4]
+    assert layer["shape"] == "dw6_k3s1_8x8"
+    assert layer["bytes"] == 4 * (2 * 2 * 6 * 8 * 8 + 6 * 9)
+    printed = gpu_report.table(rows)
+    assert "| shape | mode | dtype | layout | ours, ms | clone/ours | plain/ours | two_convolutions/ours |" in printed
+    assert printed.count("\n| dw6_k3s1_8x8 |") == 8
+    assert "| tiny | step | bfloat16 | NHWC |" in printed
+
+
+def _tiny() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 1000))
+
+
+def test_a_wrong_result_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = gpu_report._Problem(TINY[0], 2, torch.float32, torch.contiguous_format, DEVICE)
+    problem.check()
+    with torch.no_grad():
+        problem.modules["ours"].transform.weight[0, 0] += 1
+    with pytest.raises(AssertionError, match="ours: .* away from float64"):
+        problem.check()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_without_a_gpu_there_is_no_report(capsys: pytest.CaptureFixture) -> None:
+    assert gpu_report.main([]) == 2
+    assert capsys.readouterr().err == "no GPU: torch.cuda.is_available() is False\n"
+
+
+def test_convnext_tiny_has_its_size() -> None:
+    model = ConvNeXtTiny()
+    assert sum(p.numel() for p in model.parameters()) == 28_589_128  # as published: 29 M
+    with torch.device("meta"):
+        assert ConvNeXtTiny()(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
