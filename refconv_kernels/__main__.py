@@ -7,9 +7,11 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refconv_kernels import __version__, current_backend, ops
 from refconv_kernels.backends import cpu
@@ -59,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--stride", type=_positive, default=1, metavar="S", help="stride, with padding K // 2 (1)")
     info.add_argument("--dtype", default="float32", help="name of a torch dtype (float32)")
     info.add_argument("--channels-last", action="store_true", help="the input is channels_last")
+    info.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of the tensors; cuda needs no GPU (cpu)"
+    )
     info.set_defaults(fail=info.error)
     return parser
 
@@ -103,8 +108,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     if arguments.problem is not None:
         return _problem(arguments)
-    if arguments.shape or arguments.weight or arguments.groups or arguments.channels_last or arguments.stride > 1:
-        arguments.fail("--shape, --weight, --groups, --stride and --channels-last describe a --problem: name one")
+    described = arguments.shape, arguments.weight, arguments.groups, arguments.channels_last
+    if any(described) or arguments.stride > 1 or arguments.device != "cpu":
+        options = "--shape, --weight, --groups, --stride, --device and --channels-last"
+        arguments.fail(f"{options} describe a --problem: name one")
     print(f"refconv_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(platform.platform())
     print(f"\nbackend asked for: {current_backend()}\n")
@@ -125,7 +132,8 @@ def _info(arguments: argparse.Namespace) -> int:
 def _problem(arguments: argparse.Namespace) -> int:
     operator = arguments.problem
     try:
-        problem = _tensors(arguments)
+        with nullcontext() if arguments.device == "cpu" else FakeTensorMode():
+            problem = _tensors(arguments)
         chosen = ops.choose(operator, *problem, optional=operator == "refconv2d")
     except ValueError as error:
         arguments.fail(str(error))
@@ -145,8 +153,8 @@ def _problem(arguments: argparse.Namespace) -> int:
             reason = f"no {operator} kernel"
         else:
             reason = kernel.limits(*problem)
-            slower = kernel.slower(*problem)
-            if reason is None and slower is not None:
+            slower = kernel.slower(*problem) if reason is None else None
+            if slower is not None:
                 reason = f"covers it, but auto leaves it: {slower}"
         print(f"{backend:<{width}}  {'covers it' if reason is None else reason}")
     return 0
@@ -163,14 +171,14 @@ def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
     groups = groups or (weight_shape[0] if weight_shape[1] == 1 else 1)
     if arguments.problem == "refocus_weight" and dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32  # what halves are transformed in
-    weight = torch.empty(weight_shape, dtype=dtype, device="cpu")
+    weight = torch.empty(weight_shape, dtype=dtype, device=arguments.device)
     kernels = weight_shape[0] * weight_shape[1]
     if arguments.problem == "refocus_weight":
         if arguments.shape is not None or arguments.channels_last or arguments.stride > 1:
             raise ValueError("--problem refocus_weight has no input: leave --shape, --stride and --channels-last out")
         if kernels % groups != 0:
             raise ValueError(f"--weight has {kernels} kernels, which --groups (={groups}) must divide")
-        return weight, torch.empty((kernels, groups, 3, 3), dtype=dtype, device="cpu")
+        return weight, torch.empty((kernels, groups, 3, 3), dtype=dtype, device=arguments.device)
     if arguments.shape is None:
         raise ValueError(f"--problem {arguments.problem} needs --shape")
     if arguments.shape[1] != weight_shape[1] * groups:
@@ -181,9 +189,15 @@ def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     width, kernel_width = arguments.shape[3], weight_shape[3]
     out_width = (width + 2 * (kernel_width // 2) - kernel_width) // arguments.stride + 1
-    input = torch.empty(arguments.shape, dtype=dtype, device="cpu", memory_format=layout)
+    input = torch.empty(arguments.shape, dtype=dtype, device=arguments.device, memory_format=layout)
     if arguments.problem == "refconv2d":
-        return input, weight, torch.empty((kernels, groups, 3, 3), dtype=dtype, device="cpu"), groups, out_width
+        return (
+            input,
+            weight,
+            torch.empty((kernels, groups, 3, 3), dtype=dtype, device=arguments.device),
+            groups,
+            out_width,
+        )
     return input, weight, groups, out_width
 
 

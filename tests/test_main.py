@@ -13,7 +13,7 @@ import torch
 import refconv_kernels
 from refconv_kernels import ops, use_backend
 from refconv_kernels.__main__ import main
-from refconv_kernels.backends import cpu
+from refconv_kernels.backends import cpu, triton
 from tests.conftest import needs_native
 
 DEPTHWISE = ["info", "--problem", "grouped_conv2d", "--shape", "2,8,9,9", "--weight", "8,1,3,3"]
@@ -93,6 +93,20 @@ def test_a_problem_is_explained(capsys: pytest.CaptureFixture, arguments: list[s
     assert told["cpu"].startswith(reason or "covers it")
 
 
+def test_a_problem_on_a_gpu_is_explained_without_one(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setitem(ops.UNAVAILABLE, "triton", None)
+    for problem in (DEPTHWISE, REFOCUS, [*DEPTHWISE[:2], "refconv2d", *DEPTHWISE[3:]]):
+        lines = printed(capsys, [*problem, "--device", "cuda"])
+        assert lines[0] == f"{problem[2]} runs on: triton"
+        assert "triton     covers it" in lines
+    lines = printed(capsys, [*DEPTHWISE[:-1], "8,4,3,3", "--groups", "2", "--device", "cuda"])
+    assert lines[0] == "grouped_conv2d runs on: reference"
+    assert "triton     groups (=2) differs from in_channels (=8), the kernel is depthwise" in lines
+
+
 def test_a_backend_without_the_operator(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ops.UNAVAILABLE, "cuda", None)
     assert "cuda       no refocus_weight kernel" in printed(capsys, REFOCUS)
@@ -115,6 +129,7 @@ def test_a_backend_asked_for_that_does_not_cover_the_problem(capsys: pytest.Capt
         (["info", "--problem", "conv3d"], "invalid choice: 'conv3d'"),
         (["info", "--weight", "8,1,3,3"], "describe a --problem: name one"),
         (["info", "--stride", "2"], "describe a --problem: name one"),
+        (["info", "--device", "cuda"], "describe a --problem: name one"),
         (DEPTHWISE[:3], "--problem grouped_conv2d needs --weight"),
         ([*DEPTHWISE[:3], "--weight", "8,1,3,3"], "--problem grouped_conv2d needs --shape"),
         ([*DEPTHWISE, "--shape", "2,9,6,6"], "--shape has 9 channels, but --weight in 8 groups needs 8"),

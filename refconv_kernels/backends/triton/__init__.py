@@ -7,6 +7,7 @@ The kernels are in :mod:`.depthwise` and :mod:`.refocus`; Triton is imported whe
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import util
 from typing import Any
 
@@ -144,7 +145,7 @@ def _refconv2d_backward(
 
 
 #: Implementations of the operators ``refconv_triton::<name>`` (schemas: :mod:`refconv_kernels.ops`).
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "refocus_weight": _refocus_weight,
     "refocus_weight_backward": _refocus_weight_backward,
     "grouped_conv2d": _grouped_conv2d,

@@ -113,7 +113,7 @@ def backward_kernel(
     x_channels = (channels // MULTIPLIER).to(tl.int64)[None, :] * x_channel
     sums = ()
     for _ in tl.static_range(TAP_ROWS * KERNEL_W):
-        sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), dtype=ACCUMULATOR),)  # noqa: RUF005 (Triton has no unpacking)
+        sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), dtype=ACCUMULATOR),)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no unpacking)
     bias_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACCUMULATOR)
     for tile in range(chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, tiles)):
         image, h, w, exists = _coordinates(tile, batch, BLOCK_P, IN_H, IN_W)
@@ -130,7 +130,7 @@ def backward_kernel(
                     OUT_H, OUT_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, ACCUMULATOR,
                 )  # fmt: skip
                 # Infinite pixels reach only the taps that see them: zero times infinity is not zero.
-                added = added + (sums[a * KERNEL_W + b] + tl.where(seen[:, None], pixel, 0) * met,)  # noqa: RUF005
+                added = added + (sums[a * KERNEL_W + b] + tl.where(seen[:, None], pixel, 0) * met,)  # type: ignore[assignment]  # noqa: RUF005
                 if a * KERNEL_W + b == BIAS_TAP:
                     bias_sum += met
                 if dx is not None:
