@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, without a GPU: registers, spills, shared memory.
+"""What the Triton kernels compile to, without a GPU: registers, spills, shared memory, instructions.
 
     python -m benchmarks.compiled_kernels [TARGET ...] [--quick]
 
@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from refconv_kernels.backends.triton import depthwise, refocus
+from refconv_kernels.backends.triton import depthwise, fused, refocus
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -77,6 +77,7 @@ class Compiled:
     registers: int
     spilled: int  # bytes of memory per thread; scalar registers that AMD keeps in vector registers are no spills
     shared: int  # bytes
+    instructions: int  # of the program, each once; loops and what a thread does not reach count like the rest
 
 
 def problems(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -97,6 +98,19 @@ def problems(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
                 if not quick:
                     yield name, partial(depthwise.backward, dy, x, weight, *pads, True, False, False)
                     yield name, partial(depthwise.backward, dy, x, weight, *pads, False, True, False)
+    for dtype in dtypes[:1] if quick else (torch.float32, torch.float64):
+        for size, stride in ((7, 1), (14, 2)):
+            x, basis = torch.empty(8, 960, size, size, dtype=dtype), torch.empty(960, 1, 3, 3, dtype=dtype)
+            pads = [[v, v] for v in (stride, 1, 1)]
+            dy = torch.empty(8, 960, 7, 7, dtype=dtype)
+            name = f"960x{size}x{size} K3 s{stride} {str(dtype)[6:]} NCHW"
+            yield (
+                name,
+                partial(
+                    fused.forward, x, basis, torch.empty(960, 960, 3, 3, dtype=dtype), basis[:, 0, 0, 0], True, *pads
+                ),
+            )
+            yield name, partial(fused.backward, dy, x, basis, basis, 960, 3, *pads, True, True)
     for shape, groups in BASES:
         for dtype in (torch.float32, torch.float64):
             basis = torch.empty(shape, dtype=dtype)
@@ -132,24 +146,28 @@ def compile_for(target: str, quick: bool = False) -> Iterator[Compiled]:
         yield Compiled(kernel, problem, *_resources(compiled.asm))
 
 
-def _resources(code: Any) -> tuple[int, int, int]:
-    """Registers, spills and bytes of shared memory, read from the compiled code."""
+def _resources(code: Any) -> tuple[int, int, int, int]:
+    """Registers, spills, bytes of shared memory, and instructions, read from the compiled code."""
     if "amdgcn" in code:
         text = code["amdgcn"]
         keys = ("vgpr_count", "private_segment_fixed_size", "group_segment_fixed_size")
         registers, spilled, shared = (int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in keys)
-        return registers, spilled, shared
+        return (
+            registers,
+            spilled,
+            shared,
+            len(re.findall(r"^\t[sv]_|^\t(?:buffer|global|flat|ds)_", text, re.MULTILINE)),
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code["cubin"])
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack, shared, local = (
-        int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")
-    )
-    return registers, stack + local, shared
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    keys = ("REG", "STACK", "SHARED", "LOCAL")
+    registers, stack, shared, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in keys)
+    # Every instruction has its address; the branch to itself and the padding behind it do not count.
+    addresses = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP|BRA 0x)", text, re.MULTILINE)
+    return registers, stack + local, shared, len(addresses)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -163,10 +181,11 @@ def main(arguments: list[str] | None = None) -> int:
     spills = 0
     print(f"triton {triton.__version__}, torch {torch.__version__}")
     for target in options.targets or TARGETS:
-        print(f"\n{target}\n{'kernel':24} {'problem':44} registers spilled shared")
+        print(f"\n{target}\n{'kernel':24} {'problem':44} registers spilled shared instructions")
         for one in compile_for(target, options.quick):
             spills += one.spilled > 0
-            print(f"{one.kernel:24} {one.problem:44} {one.registers:9} {one.spilled:7} {one.shared:6}", flush=True)
+            figures = f"{one.registers:9} {one.spilled:7} {one.shared:6} {one.instructions:12}"
+            print(f"{one.kernel:24} {one.problem:44} {figures}", flush=True)
     print(f"\n{spills} kernels spill" if spills else "\nno kernel spills")
     return 1 if spills else 0
 

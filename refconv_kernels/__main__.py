@@ -156,6 +156,8 @@ def _problem(arguments: argparse.Namespace) -> int:
             slower = kernel.slower(*problem) if reason is None else None
             if slower is not None:
                 reason = f"covers it, but auto leaves it: {slower}"
+            elif reason is None and kernel.how is not None:
+                reason = f"covers it {kernel.how(*problem)}"
         print(f"{backend:<{width}}  {'covers it' if reason is None else reason}")
     return 0
 

@@ -149,6 +149,7 @@ class Kernel:
     backward: Callable[..., Any]
     limits: Callable[..., str | None]  # why a problem is not covered; None when it is
     slower: Callable[..., str | None]  # why "auto" leaves a covered problem to PyTorch; None when it does not
+    how: Callable[..., str | None] | None = None  # which of several kernels runs a covered problem, and why
 
 
 #: Why a backend cannot run here; None when it can.
@@ -199,7 +200,11 @@ if UNAVAILABLE["triton"] is None:
         triton.slower,
     )
     KERNELS["refconv2d"]["triton"] = Kernel(
-        _triton.refconv2d.default, _triton.refconv2d_backward.default, triton.refconv2d_limits, triton.slower
+        _triton.refconv2d.default,
+        _triton.refconv2d_backward.default,
+        triton.refconv2d_limits,
+        triton.slower,
+        triton.refconv2d_how,
     )
 
 

@@ -101,7 +101,12 @@ def test_a_problem_on_a_gpu_is_explained_without_one(
     for problem in (DEPTHWISE, REFOCUS, [*DEPTHWISE[:2], "refconv2d", *DEPTHWISE[3:]]):
         lines = printed(capsys, [*problem, "--device", "cuda"])
         assert lines[0] == f"{problem[2]} runs on: triton"
-        assert "triton     covers it" in lines
+        (line,) = (line for line in lines if line.startswith("triton"))
+        how = " as separate kernels: 8 channels of 162 pixels in 3x3 kernels; one kernel takes NCHW, 512 channels"
+        assert line.startswith(f"triton     covers it{how if problem[2] == 'refconv2d' else ''}")
+    small = ["info", "--problem", "refconv2d", "--shape", "128,960,7,7", "--weight", "960,1,3,3", "--device", "cuda"]
+    line = "triton     covers it as one kernel each way: 960 channels of 6272 pixels in 3x3 kernels, NCHW"
+    assert line in printed(capsys, small)
     lines = printed(capsys, [*DEPTHWISE[:-1], "8,4,3,3", "--groups", "2", "--device", "cuda"])
     assert lines[0] == "grouped_conv2d runs on: reference"
     assert "triton     groups (=2) differs from in_channels (=8), the kernel is depthwise" in lines

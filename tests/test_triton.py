@@ -17,7 +17,11 @@ from tests.cases import CASES, SMALL, Case
 from tests.test_ops import DTYPES, KERNEL_DTYPES, _samples, check
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.skipif(ops.UNAVAILABLE["triton"] is not None, reason=f"triton: {ops.UNAVAILABLE['triton']}")
+pytestmark = [
+    pytest.mark.skipif(ops.UNAVAILABLE["triton"] is not None, reason=f"triton: {ops.UNAVAILABLE['triton']}"),
+    # Triton 3.6's interpreter, which works with NumPy before 2.4 only.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
 DEVICE = "cpu" if triton.INTERPRETED else "cuda"
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -86,6 +90,44 @@ def test_sums_of_several_chunks(stride: tuple[int, int], monkeypatch: pytest.Mon
 def test_unusual_geometry(case: Case) -> None:
     for layout in LAYOUTS:
         check(case, "triton", torch.float32, layout, DEVICE)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("tiles", 30, 30, (3, 3), 30, batch=11, height=7, width=7),  # 539 pixels, two tiles; 270 entries of W_r
+        Case("stride", 3, 3, (3, 3), 3, stride=(2, 2), height=9, width=8),
+        Case("map_5", 11, 11, (2, 3), 11, padding=(0, 1), map_size=5, bias=False),
+        Case("bias_on_its_own", 3, 3, (3, 3), 3, padding=(0, 0), dilation=(1, 2)),
+        Case("one_tap", 4, 4, (1, 1), 4, padding=(0, 0), map_size=1),
+    ],
+    ids=str,
+)
+def test_both_steps_in_one_kernel(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from refconv_kernels.backends.triton import fused
+
+    launched = []
+    for name in ("forward", "backward"):
+        run = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *args, run=run: launched.append(run) or run(*args))
+    monkeypatch.setattr(fused, "FEWEST_CHANNELS", 1)
+    for dtype in KERNEL_DTYPES:
+        check(case, "triton", dtype, torch.contiguous_format, DEVICE)
+    assert len(launched) == 4
+
+
+def test_which_problems_run_in_one_kernel() -> None:
+    from refconv_kernels.backends.triton.fused import fuses
+
+    x, weight = torch.empty(128, 960, 7, 7, device="meta"), torch.empty(960, 1, 3, 3, device="meta")
+    assert fuses(x, weight)
+    assert not fuses(x.to(memory_format=torch.channels_last), weight)
+    assert not fuses(torch.empty(256, 960, 7, 7, device="meta"), weight)  # many pixels per channel
+    assert not fuses(x[:, :96], weight[:96])  # few channels
+    assert not fuses(x, torch.empty(960, 1, 5, 5, device="meta"))
+    assert not fuses(x[:, :480], weight)
+    assert not fuses(x[:0], weight)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -68,6 +68,20 @@ def refconv2d_limits(input: Tensor, basis: Tensor, refocus: Tensor, groups: int,
     return refocus_weight_limits(basis, refocus) or grouped_conv2d_limits(input, basis, groups, out_width)
 
 
+def refconv2d_how(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, out_width: int) -> str:
+    """Whether the two steps are one kernel each way, and why."""
+    from refconv_kernels.backends.triton import fused
+
+    pixels = input.shape[0] * input.shape[2] * input.shape[3]
+    facts = f"{basis.shape[0]} channels of {pixels} pixels in {'x'.join(map(str, basis.shape[2:]))} kernels"
+    if fused.fuses(input, basis):
+        return f"as one kernel each way: {facts}, NCHW"
+    rule = (
+        f"one kernel takes NCHW, {fused.FEWEST_CHANNELS} channels of {fused.MOST_PIXELS} pixels, {fused.MOST_TAPS} taps"
+    )
+    return f"as separate kernels: {facts}; {rule}"
+
+
 def slower(*_: Any) -> str | None:
     """Why ``"auto"`` leaves a problem to PyTorch; None when it does not."""
     return "Triton's interpreter is for tests" if INTERPRETED else None
@@ -115,6 +129,10 @@ def _grouped_conv2d_backward(
 def _refconv2d(
     input: Tensor, basis: Tensor, refocus: Tensor, bias: Tensor | None, identity: bool, *geometry: list[int]
 ) -> tuple[Tensor, Tensor]:
+    from refconv_kernels.backends.triton import fused
+
+    if fused.fuses(input, basis):
+        return fused.forward(input, basis, refocus, bias, identity, *geometry)
     transformed = _refocus_weight(basis, refocus, identity)
     return _grouped_conv2d(input, transformed, bias, *geometry), transformed
 
@@ -134,6 +152,14 @@ def _refconv2d_backward(
     need_refocus: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from refconv_kernels.backends.triton import fused
+
+    if need_refocus and fused.fuses(input, basis):
+        geometry = stride, padding, dilation
+        dx, grad_weight, grad_refocus, grad_bias = fused.backward(
+            grad_output, input, transformed, basis, group_size, map_size, *geometry, need_input, need_bias
+        )
+        return dx, grad_weight, grad_refocus, grad_bias
     needs = need_input, need_basis or need_refocus, need_bias
     grad_input, grad_weight, grad_bias = _grouped_conv2d_backward(
         grad_output, input, transformed, stride, padding, dilation, *needs

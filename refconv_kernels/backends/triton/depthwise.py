@@ -212,10 +212,7 @@ def forward(
     """``y`` ``[B, C_out, H_out, W_out]``; arguments as in the operator ``grouped_conv2d``."""
     layout = channels_last_result(input, weight)
     x, weight = input.contiguous(memory_format=layout), weight.contiguous()
-    size = [
-        (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
-    ]
+    size = output_size(input, weight, stride, padding, dilation)
     y = torch.empty(
         (input.shape[0], weight.shape[0], *size), dtype=input.dtype, device=input.device, memory_format=layout
     )
@@ -229,9 +226,17 @@ def forward(
             **_constants(x, weight, y, stride, padding, dilation),
             HAS_BIAS=bias is not None, UNROLL_H=weight.shape[2] if block_c == 1 and weight[0].numel() <= 9 else 1,
             UNROLL_W=weight.shape[3] if weight.shape[3] <= _UNROLLED_COLUMNS else 4,
-            ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(168),
+            ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(x, 168),
         )  # fmt: skip
     return y
+
+
+def output_size(input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
+    """Rows and columns of the output."""
+    return [
+        (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1
+        for d in (0, 1)
+    ]
 
 
 def _bias_tap(constants: dict[str, int]) -> int:
@@ -279,7 +284,7 @@ def backward(
             grid = (triton.cdiv(pixels, block_p), triton.cdiv(x.shape[1], block_c))
             input_gradient_kernel[grid](
                 dy, weight, dx, x.shape[0], x.shape[1], *strides, **constants,
-                ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(168),
+                ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(x, 168),
             )  # fmt: skip
         if need_weight:
             tap_rows = weight.shape[2] if taps <= _FUSED_TAPS else max(1, _FUSED_TAPS // kernel_w)
@@ -301,7 +306,7 @@ def backward(
                 dy, x, weight, dx if fused and need_input else None, partial, x.shape[0], dy.shape[1], tiles, per_chunk,
                 *strides, **constants,
                 TAP_ROWS=tap_rows, BIAS_TAP=bias_tap,
-                ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(most),
+                ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(x, most),
             )  # fmt: skip
             totals = partial.sum(0)
             grad_weight.copy_(totals[:taps].t().reshape(weight.shape))

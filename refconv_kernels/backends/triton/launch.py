@@ -23,14 +23,19 @@ def accumulator(tensor: Tensor) -> Any:
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
-def registers(most: int) -> dict[str, Any]:
-    """The option that lets a thread have so many registers. Without it ptxas spills a few values for more occupancy."""
-    return {} if INTERPRETED or torch.version.hip else {"maxnreg": most}
-
-
 def power_of_2(size: int) -> int:
     """The least power of two that is at least ``size``."""
     return triton.next_power_of_2(size)
+
+
+def registers(tensor: Tensor, most: int) -> dict[str, Any]:
+    """The option that lets a thread have so many registers, 255 (all) for float64.
+
+    Without it ptxas spills a few values to fit one more block on a multiprocessor.
+    """
+    if INTERPRETED or torch.version.hip:
+        return {}
+    return {"maxnreg": 255 if tensor.dtype == torch.float64 else most}
 
 
 def channels_last_result(input: Tensor, weight: Tensor) -> torch.memory_format:
