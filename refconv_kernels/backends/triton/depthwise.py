@@ -27,6 +27,7 @@ from refconv_kernels.backends.triton.launch import (
 
 _UNROLLED_COLUMNS = 7  # taps of a row whose loads may be under way together
 _FUSED_TAPS = 25  # sums of dW in registers; beyond, dx and dW are two launches, dW's by kernel rows
+NOWHERE = tl.constexpr(-(2**30))  # a row that no kernel reaches
 _PROGRAMS = 2048  # of a backward: enough for every multiprocessor, few enough for short partial sums
 
 
@@ -37,6 +38,12 @@ def _coordinates(block, batch, BLOCK_P: tl.constexpr, HEIGHT: tl.constexpr, WIDT
     image = pixel // (HEIGHT * WIDTH)
     within = pixel % (HEIGHT * WIDTH)
     return image, within // WIDTH, within % WIDTH, image < batch
+
+
+@triton.jit
+def _within(index, SIZE: tl.constexpr):
+    """0 <= index < SIZE, in one comparison."""
+    return index.to(tl.uint32, bitcast=True) < SIZE
 
 
 @triton.jit
@@ -55,14 +62,17 @@ def forward_kernel(
     real = channels < out_channels
     planes = x + image.to(tl.int64)[:, None] * x_image + (channels // MULTIPLIER).to(tl.int64)[None, :] * x_channel
     row, column = i * STRIDE_H - PAD_H, j * STRIDE_W - PAD_W
+    corner = (
+        planes + ((row * IN_W + column) * x_pixel)[:, None]
+    )  # what tap (0, 0) sees; the others lie at fixed distances
+    row = tl.where(exists, row, NOWHERE)
     total = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACCUMULATOR)
     if HAS_BIAS:
         total += tl.load(bias + channels, mask=real, other=0).to(ACCUMULATOR)[None, :]
     for a in tl.range(0, KERNEL_H, loop_unroll_factor=UNROLL_H):
         for b in tl.range(0, KERNEL_W, loop_unroll_factor=UNROLL_W):
-            h, w = row + a * DILATION_H, column + b * DILATION_W
-            seen = exists & (h >= 0) & (h < IN_H) & (w >= 0) & (w < IN_W)
-            from_ = planes + ((h * IN_W + w) * x_pixel)[:, None]
+            seen = _within(row + a * DILATION_H, IN_H) & _within(column + b * DILATION_W, IN_W)
+            from_ = corner + (a * DILATION_H * IN_W + b * DILATION_W) * x_pixel
             pixel = tl.load(from_, mask=seen[:, None] & real[None, :], other=0)
             tap = tl.load(weight + channels * (KERNEL_H * KERNEL_W) + a * KERNEL_W + b, mask=real, other=0)
             total += pixel.to(ACCUMULATOR) * tap.to(ACCUMULATOR)[None, :]
@@ -73,20 +83,24 @@ def forward_kernel(
 
 @triton.jit
 def _met(
-    dy, h, w, exists, real, a, b, pixel_stride,
+    dy, corner, top, left, real, a, b, pixel_stride,
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
-    """The pixels of dy that the pixels (h, w) of x meet at tap (a, b), zero where there is none; and where there is."""
-    top, left = h + PAD_H - a * DILATION_H, w + PAD_W - b * DILATION_W
-    i, j = top // STRIDE_H, left // STRIDE_W
-    seen = exists & (top >= 0) & (i < OUT_H) & (left >= 0) & (j < OUT_W)
-    if STRIDE_H > 1:
-        seen = seen & (top % STRIDE_H == 0)
-    if STRIDE_W > 1:
-        seen = seen & (left % STRIDE_W == 0)
-    met = tl.load(dy + ((i * OUT_W + j) * pixel_stride)[:, None], mask=seen[:, None] & real[None, :], other=0)
+    """The pixels of dy that pixels of x meet at tap (a, b), zero where there is none; and where there is one.
+
+    (top, left), the padding added to the pixel of x, is what it meets at tap (0, 0) for stride 1, and ``corner`` its
+    address; ``dy`` are the addresses of the planes.
+    """
+    top, left = top - a * DILATION_H, left - b * DILATION_W
+    if STRIDE_H == 1 and STRIDE_W == 1:
+        seen = _within(top, OUT_H) & _within(left, OUT_W)
+        from_ = corner - (a * DILATION_H * OUT_W + b * DILATION_W) * pixel_stride
+    else:
+        i, j = top // STRIDE_H, left // STRIDE_W
+        seen = _within(i, OUT_H) & _within(j, OUT_W) & (top % STRIDE_H == 0) & (left % STRIDE_W == 0)
+        from_ = dy + ((i * OUT_W + j) * pixel_stride)[:, None]
+    met = tl.load(from_, mask=seen[:, None] & real[None, :], other=0)
     return met.to(ACCUMULATOR), seen
 
 
@@ -121,13 +135,15 @@ def backward_kernel(
         inside = exists[:, None] & real[None, :]
         pixel = tl.load(x + here, mask=inside, other=0).to(ACCUMULATOR)
         planes = dy + image.to(tl.int64)[:, None] * y_image + channels.to(tl.int64)[None, :] * y_channel
+        corner = planes + (((h + PAD_H) * OUT_W + w + PAD_W) * y_pixel)[:, None]
+        top = tl.where(exists, h + PAD_H, NOWHERE)
         gradient = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACCUMULATOR)
         added = ()
         for a in tl.static_range(TAP_ROWS):
             for b in tl.static_range(KERNEL_W):
                 met, seen = _met(
-                    planes, h, w, exists, real, first_row + a, b, y_pixel,
-                    OUT_H, OUT_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, ACCUMULATOR,
+                    planes, corner, top, w + PAD_W, real, first_row + a, b, y_pixel,
+                    OUT_H, OUT_W, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, ACCUMULATOR,
                 )  # fmt: skip
                 # Infinite pixels reach only the taps that see them: zero times infinity is not zero.
                 added = added + (sums[a * KERNEL_W + b] + tl.where(seen[:, None], pixel, 0) * met,)  # type: ignore[assignment]  # noqa: RUF005
@@ -163,15 +179,17 @@ def input_gradient_kernel(
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channels < in_channels
     images = dy + image.to(tl.int64)[:, None] * y_image
+    top = tl.where(exists, h + PAD_H, NOWHERE)
     gradient = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACCUMULATOR)
     for m in range(MULTIPLIER):
         out = channels * MULTIPLIER + m
         planes = images + out.to(tl.int64)[None, :] * y_channel
+        corner = planes + (((h + PAD_H) * OUT_W + w + PAD_W) * y_pixel)[:, None]
         for a in range(KERNEL_H):
             for b in range(KERNEL_W):
                 met, _ = _met(
-                    planes, h, w, exists, real, a, b, y_pixel,
-                    OUT_H, OUT_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, ACCUMULATOR,
+                    planes, corner, top, w + PAD_W, real, a, b, y_pixel,
+                    OUT_H, OUT_W, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, ACCUMULATOR,
                 )  # fmt: skip
                 tap = tl.load(weight + out * (KERNEL_H * KERNEL_W) + a * KERNEL_W + b, mask=real, other=0)
                 gradient += met * tap.to(ACCUMULATOR)[None, :]

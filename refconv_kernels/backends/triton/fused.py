@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refconv_kernels.backends.triton.depthwise import _bias_tap, _constants, _coordinates, _strides, output_size
+from refconv_kernels.backends.triton.depthwise import (
+    NOWHERE,
+    _bias_tap,
+    _constants,
+    _coordinates,
+    _strides,
+    _within,
+    output_size,
+)
 from refconv_kernels.backends.triton.launch import accumulator, channels_last_result, device_of, power_of_2, registers
 from refconv_kernels.backends.triton.refocus import _seen
 
@@ -71,13 +79,14 @@ def fused_forward_kernel(
         offset += tl.load(bias + channel).to(ACCUMULATOR)
     for tile in range(tiles):
         image, i, j, exists = _coordinates(tile, batch, BLOCK_P, OUT_H, OUT_W)
-        plane = x + image.to(tl.int64) * x_image + channel // MULTIPLIER * x_channel
+        top, left = i * STRIDE_H - PAD_H, j * STRIDE_W - PAD_W
+        corner = x + image.to(tl.int64) * x_image + channel // MULTIPLIER * x_channel + (top * IN_W + left) * x_pixel
+        top = tl.where(exists, top, NOWHERE)
         total = offset
         for a in tl.static_range(KERNEL_H):
             for b in tl.static_range(KERNEL_W):
-                h, w = i * STRIDE_H - PAD_H + a * DILATION_H, j * STRIDE_W - PAD_W + b * DILATION_W
-                inside = exists & (h >= 0) & (h < IN_H) & (w >= 0) & (w < IN_W)
-                value = tl.load(plane + (h * IN_W + w) * x_pixel, mask=inside, other=0)
+                seen = _within(top + a * DILATION_H, IN_H) & _within(left + b * DILATION_W, IN_W)
+                value = tl.load(corner + (a * DILATION_H * IN_W + b * DILATION_W) * x_pixel, mask=seen, other=0)
                 total += value.to(ACCUMULATOR) * taps[a * KERNEL_W + b]
         to = y + image.to(tl.int64) * y_image + channel * y_channel + (i * OUT_W + j) * y_pixel
         tl.store(to, total.to(y.dtype.element_ty), mask=exists)
