@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -163,49 +164,26 @@ UNAVAILABLE: dict[str, str | None] = {
 #: ``KERNELS[operator][backend]``, best backend first. What is not listed runs on the reference path.
 KERNELS: dict[str, dict[str, Kernel]] = {"refocus_weight": {}, "grouped_conv2d": {}, "refconv2d": {}}
 
-if UNAVAILABLE["cpu"] is None:
-    _register("cpu")
-    _cpu = torch.ops.refconv_cpu
-    KERNELS["refocus_weight"]["cpu"] = Kernel(
-        _cpu.refocus_weight.default,
-        _cpu.refocus_weight_backward.default,
-        cpu.refocus_weight_limits,
-        cpu.refocus_weight_slower,
-    )
-    KERNELS["grouped_conv2d"]["cpu"] = Kernel(
-        _cpu.grouped_conv2d.default,
-        _cpu.grouped_conv2d_backward.default,
-        cpu.grouped_conv2d_limits,
-        cpu.grouped_conv2d_slower,
-    )
-    KERNELS["refconv2d"]["cpu"] = Kernel(
-        _cpu.refconv2d.default, _cpu.refconv2d_backward.default, cpu.refconv2d_limits, cpu.refconv2d_slower
-    )
 
-if UNAVAILABLE["triton"] is None:
-    _register("triton")
-    for _name, _implementation in triton.IMPLEMENTATIONS.items():
-        torch.library.impl(f"refconv_triton::{_name}", triton.DISPATCH_KEY)(_implementation)
-    _triton = torch.ops.refconv_triton
-    KERNELS["refocus_weight"]["triton"] = Kernel(
-        _triton.refocus_weight.default,
-        _triton.refocus_weight_backward.default,
-        triton.refocus_weight_limits,
-        triton.slower,
-    )
-    KERNELS["grouped_conv2d"]["triton"] = Kernel(
-        _triton.grouped_conv2d.default,
-        _triton.grouped_conv2d_backward.default,
-        triton.grouped_conv2d_limits,
-        triton.slower,
-    )
-    KERNELS["refconv2d"]["triton"] = Kernel(
-        _triton.refconv2d.default,
-        _triton.refconv2d_backward.default,
-        triton.refconv2d_limits,
-        triton.slower,
-        triton.refconv2d_how,
-    )
+def _add(backend: str, module: ModuleType) -> None:
+    """Enter all operators of a backend, whose module says for each what it is for."""
+    _register(backend)
+    for name, implementation in getattr(module, "IMPLEMENTATIONS", {}).items():  # of C++ ones importing was enough
+        torch.library.impl(f"refconv_{backend}::{name}", module.DISPATCH_KEY)(implementation)
+    operators = getattr(torch.ops, f"refconv_{backend}")
+    for name, kernels in KERNELS.items():
+        kernels[backend] = Kernel(
+            getattr(operators, name).default,
+            getattr(operators, f"{name}_backward").default,
+            getattr(module, f"{name}_limits"),
+            getattr(module, f"{name}_slower"),
+            getattr(module, f"{name}_how", None),
+        )
+
+
+for _backend, _module in (("cpu", cpu), ("triton", triton)):
+    if UNAVAILABLE[_backend] is None:
+        _add(_backend, _module)
 
 
 def _checked(name: str, source: str) -> str:
