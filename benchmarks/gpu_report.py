@@ -2,8 +2,8 @@
 
 Runs the tests of the Triton kernels and stops if one fails. Then measures layers and weight transforms (kernel times:
 CUDA graphs, caches flushed, medians of events) and whole training steps, against plain convolutions, the
-two-convolution formulation, eager and compiled, and a ``clone()`` of as many bytes. A layer is checked against float64
-before it is measured. Writes ``benchmarks/results/<gpu>.json`` and prints its table.
+two-convolution formulation, eager and compiled, and a ``clone()`` of as many bytes. Layers and transforms are checked
+against float64 before they are measured. Writes ``benchmarks/results/<gpu>.json`` and prints its table.
 """
 
 from __future__ import annotations
@@ -160,6 +160,18 @@ def layers(timer: Timer, device: str, batch: int, chosen: list[Layer], compiled:
                     }  # fmt: skip
 
 
+def _check_transforms(ours: nn.Module, other: nn.Module, cotangent: Tensor) -> None:
+    """Raise AssertionError unless our transformation is as near to float64 as the convolution is."""
+
+    def results(weight: Tensor, module: nn.Module) -> dict[str, Tensor]:
+        (grad,) = torch.autograd.grad(weight, module.transform.weight, cotangent.to(weight.dtype))
+        return {"W_t": weight.detach(), "dW_r": grad}
+
+    exact = float64_reference(other)
+    agreement = Agreement(results(exact.transformed_weight(), exact), results(other.transformed_weight(), other))
+    agreement.require("ours", results(ours.weight, ours))
+
+
 def transforms(timer: Timer, device: str, chosen: list[Layer]) -> Iterator[Row]:
     """W_t from W_r, and dW_r from dW_t, in float32."""
     for layer in {layer.weight_label: layer for layer in chosen}.values():
@@ -167,6 +179,7 @@ def transforms(timer: Timer, device: str, chosen: list[Layer]) -> Iterator[Row]:
         modules = layer_formulations(conv.to(device))
         ours, other = modules["ours"], modules["two_convolutions"]
         cotangent = torch.randn_like(ours.basis_weight)
+        _check_transforms(ours, other, cotangent)
         calls = {"ours": lambda m=ours: m.weight, "two_convolutions": other.transformed_weight}
         for mode in ("forward", "forward+backward"):
 

@@ -143,8 +143,8 @@ bool is_nhwc(const Tensor& t) {
   return !t.is_contiguous();
 }
 
-// Outputs are channels_last where the input or the weight is, as in PyTorch.
-// Whether a problem with channels_last feature maps has kernels of that layout; others are copied to NCHW and back.
+// Whether a problem with channels_last feature maps (the input's or the weight's decides, as in PyTorch) has kernels of
+// that layout; others are copied to NCHW and back.
 bool has_nhwc(const GroupedProblem& p) { return p.multiplier == 1 && p.per_group == 1; }
 
 Tensor in_layout(const Tensor& t, bool nhwc) {

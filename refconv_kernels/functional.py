@@ -15,6 +15,7 @@ from torch import Tensor
 
 from refconv_kernels import reference
 from refconv_kernels.autograd import GroupedConv2d, RefConv2d, RefocusWeight, apply
+from refconv_kernels.geometry import is_channels_last, output_format, output_size
 from refconv_kernels.ops import choose
 
 __all__ = ["conv2d", "refconv2d", "refocus_weight"]
@@ -81,7 +82,7 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
             transformed = apply(RefocusWeight, basis, refocus, identity, backend)
         if transformed.dtype == dtype and basis.is_contiguous():
             return transformed
-        return transformed.to(dtype, memory_format=_memory_format(basis))
+        return transformed.to(dtype, memory_format=output_format(basis))
 
 
 def conv2d(
@@ -151,7 +152,6 @@ def conv2d(
         before = after = (0, 0)
     elif before != after:  # "same" with an even span: the extra row or column goes to the end, as in PyTorch
         input = _pad(input, (0, 0), (after[0] - before[0], after[1] - before[1]), "constant")
-    output_size = []
     for d, name in enumerate(("height", "width")):
         size, span = input.shape[d - 2] + 2 * before[d], dilation[d] * (weight.shape[d + 2] - 1) + 1
         if size < span:
@@ -159,11 +159,10 @@ def conv2d(
                 f"input {name} (={input.shape[d - 2]}, {size} with padding) must be at least the {name} of the "
                 f"dilated kernel (={span})"
             )
-        output_size.append((size - span) // stride[d] + 1)
 
     # A convolution without groups is PyTorch's own on every backend, one with many channels per group may be.
     if groups > 1 or weight.shape[1] == 1:
-        problem = (input, weight, groups, output_size[1])
+        problem = (input, weight, groups, output_size(input, weight, stride, before, dilation)[1])
         backend = choose("grouped_conv2d", *problem, optional=weight.shape[1] > 1)
         if backend != "reference":
             batched = input.unsqueeze(0) if input.dim() == 3 else input
@@ -227,6 +226,8 @@ def _one_call(
     pairs = (stride, padding, dilation)
     if padding_mode != "zeros" or not all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
         return "reference"
+    if not all(isinstance(v, int) for p in pairs for v in p):
+        return "reference"
     if any(t.dtype != input.dtype or t.device != input.device for t in tensors):
         return "reference"
     if input.dim() != 4 or basis.dim() != 4 or _autocast_dtype(input.device.type) is not None:
@@ -238,13 +239,12 @@ def _one_call(
         return "reference"
     if bias is not None and bias.shape != (out_channels,):
         return "reference"
-    if _memory_format(basis) is torch.channels_last:  # decides about the output's, and the operator's W_t has none
+    if is_channels_last(basis):  # decides about the output's, and the operator's W_t has none
         return "reference"
-    size = [
-        (input.shape[d + 2] + 2 * padding[d] - dilation[d] * (basis.shape[d + 2] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
-    ]
-    if min(size) < 1 or min(*stride, *dilation) < 1 or min(padding) < 0:
+    if min(*stride, *dilation) < 1 or min(padding) < 0:
+        return "reference"
+    size = output_size(input, basis, stride, padding, dilation)
+    if min(size) < 1:
         return "reference"
     return choose("refconv2d", input, basis, refocus, groups, size[1], optional=True)
 
@@ -343,8 +343,3 @@ def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
         raise TypeError(f"{name}.dtype (={tensor.dtype}) must be the dtype of {other_name} (={other.dtype})")
     if tensor.device != other.device:
         raise ValueError(f"{name}.device (={tensor.device}) must be the device of {other_name} (={other.device})")
-
-
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    channels_last = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from refconv_kernels.backends import cpu, triton
+from refconv_kernels.geometry import output_format, output_size
 
 # --- schemas and fake kernels -------------------------------------------------------------------------------
 
@@ -55,17 +56,9 @@ def _fake_refocus_weight_backward(grad_transformed: Tensor, basis: Tensor, group
 def _fake_grouped_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    height, width = (
-        (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
-    )
-    return _as_laid_out(input.new_empty(input.shape[0], weight.shape[0], height, width), input, weight)
-
-
-def _as_laid_out(output: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """``output`` as channels_last where the input or the weight is, as in PyTorch."""
-    channels_last = cpu.is_channels_last(input) or cpu.is_channels_last(weight)
-    return output.to(memory_format=torch.channels_last) if channels_last else output
+    size = output_size(input, weight, stride, padding, dilation)
+    output = input.new_empty(input.shape[0], weight.shape[0], *size)
+    return output.to(memory_format=output_format(input, weight))
 
 
 def _fake_grouped_conv2d_backward(
@@ -80,7 +73,9 @@ def _fake_grouped_conv2d_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        _as_laid_out(input.new_empty(input.shape), input, weight) if need_input else input.new_empty(0),
+        input.new_empty(input.shape).to(memory_format=output_format(input, weight))
+        if need_input
+        else input.new_empty(0),
         weight.new_empty(weight.shape if need_weight else 0),
         weight.new_empty(weight.shape[0] if need_bias else 0),
     )

@@ -187,3 +187,10 @@ def test_meta_tensors_give_shapes() -> None:
         X.to("meta"), torch.empty(4, 1, 3, 3, device="meta"), torch.empty(4, 4, 3, 3, device="meta"), groups=4
     )
     assert y.shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize("stride", [(0, 1), (1.5, 1), ("a", 1)], ids=str)
+def test_bad_pairs_are_named_where_both_steps_are_one_call(stride: tuple[object, int]) -> None:
+    x, basis, refocus = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3), torch.zeros(8, 8, 3, 3)
+    with pytest.raises(ValueError, match=r"stride \(=\(.*, 1\)\) must be an int of at least 1, or two of them"):
+        functional.refconv2d(x, basis, refocus, stride=stride, padding=(1, 1), dilation=(1, 1), groups=8)

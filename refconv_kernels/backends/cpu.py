@@ -13,6 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from refconv_kernels.geometry import is_channels_last
+
 _REFOCUS_DTYPES = (torch.float32, torch.float64)
 _CONV_DTYPES = (*_REFOCUS_DTYPES, torch.bfloat16, torch.float16)
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)  # PyTorch runs them with oneDNN, the others far slower
@@ -49,13 +51,6 @@ def _limits(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> str |
         covered = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"{name} has dtype {tensor.dtype}, the kernel covers {covered}"
     return None
-
-
-def is_channels_last(tensor: Tensor) -> bool:
-    """Whether a feature map is channels_last in memory and not NCHW as well: outputs then are too."""
-    if tensor.dim() != 4 or tensor.is_contiguous():
-        return False
-    return tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def refocus_weight_limits(basis: Tensor, refocus: Tensor) -> str | None:

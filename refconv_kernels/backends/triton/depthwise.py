@@ -19,11 +19,11 @@ from torch import Tensor
 
 from refconv_kernels.backends.triton.launch import (
     accumulator,
-    channels_last_result,
     device_of,
     power_of_2,
     registers,
 )
+from refconv_kernels.geometry import output_format, output_size
 
 _UNROLLED_COLUMNS = 7  # taps of a row whose loads may be under way together
 _FUSED_TAPS = 25  # sums of dW in registers; beyond, dx and dW are two launches, dW's by kernel rows
@@ -62,9 +62,8 @@ def forward_kernel(
     real = channels < out_channels
     planes = x + image.to(tl.int64)[:, None] * x_image + (channels // MULTIPLIER).to(tl.int64)[None, :] * x_channel
     row, column = i * STRIDE_H - PAD_H, j * STRIDE_W - PAD_W
-    corner = (
-        planes + ((row * IN_W + column) * x_pixel)[:, None]
-    )  # what tap (0, 0) sees; the others lie at fixed distances
+    # What tap (0, 0) sees; the others lie at fixed distances.
+    corner = planes + ((row * IN_W + column) * x_pixel)[:, None]
     row = tl.where(exists, row, NOWHERE)
     total = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACCUMULATOR)
     if HAS_BIAS:
@@ -228,7 +227,7 @@ def forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     """``y`` ``[B, C_out, H_out, W_out]``; arguments as in the operator ``grouped_conv2d``."""
-    layout = channels_last_result(input, weight)
+    layout = output_format(input, weight)
     x, weight = input.contiguous(memory_format=layout), weight.contiguous()
     size = output_size(input, weight, stride, padding, dilation)
     y = torch.empty(
@@ -247,14 +246,6 @@ def forward(
             ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(x, 168),
         )  # fmt: skip
     return y
-
-
-def output_size(input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
-    """Rows and columns of the output."""
-    return [
-        (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
-    ]
 
 
 def _bias_tap(constants: dict[str, int]) -> int:
@@ -282,7 +273,7 @@ def backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dx, dW, dbias)``, empty where not needed; arguments as in the operator ``grouped_conv2d_backward``."""
-    layout = channels_last_result(input, weight)
+    layout = output_format(input, weight)
     dy, x = grad_output.contiguous(memory_format=layout), input.contiguous(memory_format=layout)
     weight = weight.contiguous()
     dx = torch.empty_like(x) if need_input else x.new_empty(0)

@@ -20,10 +20,10 @@ from refconv_kernels.backends.triton.depthwise import (
     _coordinates,
     _strides,
     _within,
-    output_size,
 )
-from refconv_kernels.backends.triton.launch import accumulator, channels_last_result, device_of, power_of_2, registers
+from refconv_kernels.backends.triton.launch import accumulator, device_of, power_of_2, registers
 from refconv_kernels.backends.triton.refocus import _seen
+from refconv_kernels.geometry import output_format, output_size
 
 FEWEST_CHANNELS = 512  # programs, of four warps each: three to eight for every multiprocessor
 MOST_PIXELS = 8192  # of one channel: as many bytes as a row of W_r or two
@@ -35,7 +35,7 @@ def fuses(input: Tensor, weight: Tensor) -> bool:
     """Whether both steps of this problem run as one kernel each way."""
     pixels = input.shape[0] * input.shape[2] * input.shape[3]
     fits = weight.shape[0] == input.shape[1] >= FEWEST_CHANNELS and pixels <= MOST_PIXELS
-    layout = channels_last_result(input, weight)
+    layout = output_format(input, weight)
     return fits and weight.shape[2] * weight.shape[3] <= MOST_TAPS and layout is torch.contiguous_format and pixels > 0
 
 

@@ -36,11 +36,3 @@ def registers(tensor: Tensor, most: int) -> dict[str, Any]:
     if INTERPRETED or torch.version.hip:
         return {}
     return {"maxnreg": 255 if tensor.dtype == torch.float64 else most}
-
-
-def channels_last_result(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """The memory format of a convolution's output: channels_last where the input or the weight is, as in PyTorch."""
-    for tensor in (input, weight):
-        if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-    return torch.contiguous_format
