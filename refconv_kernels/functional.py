@@ -7,21 +7,27 @@ runs on the backend that :func:`refconv_kernels.use_backend` or ``REFCONV_BACKEN
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from refconv_kernels import reference
-from refconv_kernels.autograd import GroupedConv2d, RefConv2d, RefocusWeight, apply
+from refconv_kernels import reference, thin
+from refconv_kernels.autocast import HALVES, autocast_dtype, cast, no_autocast
+from refconv_kernels.autograd import GroupedConv2d, RefConv2d, RefocusWeight, ThinRefConv2d, ThinRefocusWeight, apply
+from refconv_kernels.checks import (
+    check_dims,
+    check_groups,
+    check_map_size,
+    check_padding,
+    check_same,
+    check_tensors,
+    pair,
+)
 from refconv_kernels.geometry import is_channels_last, output_format, output_size
 from refconv_kernels.ops import choose
 
-__all__ = ["conv2d", "refconv2d", "refocus_weight"]
-
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-_HALVES = (torch.bfloat16, torch.float16)
+__all__ = ["conv2d", "refconv2d", "refocus_factor", "refocus_weight", "thin_refconv2d", "thin_refocus_weight"]
 
 
 def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> Tensor:
@@ -56,9 +62,9 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
         >>> refocus_weight(basis, torch.zeros(8, 8, 3, 3)).shape
         torch.Size([8, 1, 3, 3])
     """
-    _check_tensors(basis=basis, refocus=refocus)
-    _check_dims("basis", basis, 4, "[C_out, C_in/g, K_h, K_w]")
-    _check_dims("refocus", refocus, 4, "[N, g, k, k]")
+    check_tensors(basis=basis, refocus=refocus)
+    check_dims("basis", basis, 4, "[C_out, C_in/g, K_h, K_w]")
+    check_dims("refocus", refocus, 4, "[N, g, k, k]")
     kernels, group_size, map_size, map_width = refocus.shape
     if map_size != map_width or map_size % 2 == 0:
         raise ValueError(f"refocus.shape[2:] (={(map_size, map_width)}) must be square and odd")
@@ -69,17 +75,118 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
         )
     if group_size == 0 or kernels % group_size != 0:
         raise ValueError(f"refocus.shape[0] (={kernels}) must be divisible by refocus.shape[1] (={group_size})")
-    _check_same("refocus", refocus, "basis", basis)
+    check_same("refocus", refocus, "basis", basis)
 
     dtype = basis.dtype
     with no_autocast(basis):
-        if dtype in _HALVES:
+        if dtype in HALVES:
             basis, refocus = basis.float(), refocus.float()
         backend = choose("refocus_weight", basis, refocus)
         if backend == "reference":
             transformed = reference.refocus_weight(basis, refocus, identity)
         else:
             transformed = apply(RefocusWeight, basis, refocus, identity, backend)
+        if transformed.dtype == dtype and basis.is_contiguous():
+            return transformed
+        return transformed.to(dtype, memory_format=output_format(basis))
+
+
+def refocus_factor(basis: Tensor, groups: int, map_size: int = 3) -> Tensor:
+    """The factor ``R`` of the thin form: ``W_b * W_r = E R`` with ``E = W_r Q`` and ``U = Q R`` (docs/numerics.md).
+
+    ``U``, ``[g k^2, K_h K_w]`` per refocus group, is the basis unfolded, so that Eq. 1 is ``W_t = W_r U + W_b``. Where
+    ``g k^2 > K_h K_w``, ``Q R`` is its polar decomposition: ``R`` is the symmetric square root of ``U^T U``, which is
+    unique, and ``Q`` has orthonormal columns. Elsewhere ``Q`` is the identity and ``R`` is ``U`` itself.
+
+    Args:
+        basis: basis weights ``W_b``, ``[C_out, C_in/g, K_h, K_w]``, of any rank; float32, float64, bfloat16 or float16.
+        groups: ``g``, the convolution's groups; divides the number of 2-D kernels.
+        map_size: ``k``, odd.
+
+    Returns:
+        ``R``, ``[N/g, r, K_h K_w]`` with ``N = C_out * C_in/g`` and ``r = min(g k^2, K_h K_w)``; computed in float64,
+        then in the dtype and on the device of ``basis``. Not differentiable.
+
+    Raises:
+        TypeError: ``basis`` is not a real floating-point tensor.
+        ValueError: shapes do not fit.
+
+    Example:
+        >>> refocus_factor(torch.randn(8, 1, 3, 3), groups=8).shape
+        torch.Size([1, 9, 9])
+    """
+    check_tensors(basis=basis)
+    check_dims("basis", basis, 4, "[C_out, C_in/g, K_h, K_w]")
+    if basis.is_complex():
+        raise TypeError(f"basis.dtype (={basis.dtype}) must be a real floating-point type: the thin form has no other")
+    check_groups(groups)
+    check_map_size(map_size)
+    if basis.shape[0] * basis.shape[1] % groups != 0:
+        raise ValueError(
+            f"basis has {basis.shape[0] * basis.shape[1]} 2-D kernels, which groups (={groups}) must divide"
+        )
+    return thin.factor(basis, groups, map_size)
+
+
+def thin_refocus_weight(basis: Tensor, coordinates: Tensor, factor: Tensor, *, identity: bool = True) -> Tensor:
+    """Transformed weights in the thin form, ``W_t = E R + W_b``: Eq. 1 in ``C_out C_in/g K_h K_w`` trained numbers.
+
+    With ``R = refocus_factor(basis, groups)`` and ``E = W_r Q`` this is ``refocus_weight(basis, W_r)``, and SGD on
+    ``E`` is SGD on ``W_r`` (docs/numerics.md). Not in the paper.
+
+    Equivalent to::
+
+        groups, rank, _ = factor.shape
+        moved = coordinates.reshape(groups, -1, rank) @ factor
+        return basis + moved.reshape(basis.shape)
+
+    Args:
+        basis: basis weights ``W_b``, ``[C_out, C_in/g, K_h, K_w]``; any floating or complex dtype.
+        coordinates: ``E``, ``[N, r]`` with ``N = C_out * C_in/g``; dtype and device of ``basis``.
+        factor: ``R``, ``[N/g, r, K_h K_w]``; dtype and device of ``basis``.
+        identity: add ``W_b`` itself; False is the paper's "w/o shortcut".
+
+    Returns:
+        ``W_t`` in the shape, dtype and memory format of ``basis``. bfloat16 and float16 are computed in
+        float32 and rounded once; autocast does not apply.
+
+    Raises:
+        TypeError: an argument is not a tensor, or the dtypes differ.
+        ValueError: shapes or devices do not fit.
+
+    Example:
+        >>> basis = torch.randn(8, 1, 3, 3)
+        >>> thin_refocus_weight(basis, torch.zeros(8, 9), refocus_factor(basis, groups=8)).shape
+        torch.Size([8, 1, 3, 3])
+    """
+    check_tensors(basis=basis, coordinates=coordinates, factor=factor)
+    check_dims("basis", basis, 4, "[C_out, C_in/g, K_h, K_w]")
+    check_dims("coordinates", coordinates, 2, "[N, r]")
+    check_dims("factor", factor, 3, "[N/g, r, K_h * K_w]")
+    kernels, size = basis.shape[0] * basis.shape[1], basis.shape[2] * basis.shape[3]
+    if coordinates.shape[0] != kernels:
+        raise ValueError(
+            f"coordinates.shape[0] (={coordinates.shape[0]}) must be the number of 2-D kernels in basis, "
+            f"{basis.shape[0]} * {basis.shape[1]} = {kernels}"
+        )
+    if factor.shape[1:] != (coordinates.shape[1], size):
+        raise ValueError(
+            f"factor.shape[1:] (={tuple(factor.shape[1:])}) must be (r, K_h * K_w) = {(coordinates.shape[1], size)}"
+        )
+    if factor.shape[0] == 0 or kernels % factor.shape[0] != 0:
+        raise ValueError(f"factor.shape[0] (={factor.shape[0]}) must divide the number of 2-D kernels (={kernels})")
+    check_same("coordinates", coordinates, "basis", basis)
+    check_same("factor", factor, "basis", basis)
+
+    dtype = basis.dtype
+    with no_autocast(basis):
+        backend = choose("thin_refocus_weight", basis, coordinates, factor)
+        if backend == "reference":
+            if dtype in HALVES:
+                basis, coordinates, factor = basis.float(), coordinates.float(), factor.float()
+            transformed = reference.thin_refocus_weight(basis, coordinates, factor, identity)
+        else:
+            transformed = apply(ThinRefocusWeight, basis, coordinates, factor, identity, backend)
         if transformed.dtype == dtype and basis.is_contiguous():
             return transformed
         return transformed.to(dtype, memory_format=output_format(basis))
@@ -120,8 +227,8 @@ def conv2d(
         >>> conv2d(torch.randn(2, 8, 5, 5), torch.randn(8, 1, 3, 3), padding=1, groups=8).shape
         torch.Size([2, 8, 5, 5])
     """
-    _check_tensors(input=input, weight=weight)
-    _check_dims("weight", weight, 4, "[C_out, C_in/groups, K_h, K_w]")
+    check_tensors(input=input, weight=weight)
+    check_dims("weight", weight, 4, "[C_out, C_in/groups, K_h, K_w]")
     if input.dim() not in (3, 4):
         raise ValueError(f"input.shape (={tuple(input.shape)}) must be [B, C_in, H, W] or [C_in, H, W]")
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
@@ -134,17 +241,17 @@ def conv2d(
             f"weight.shape[1] * groups = {weight.shape[1] * groups}"
         )
     if bias is not None:
-        _check_tensors(bias=bias)
+        check_tensors(bias=bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias.shape (={tuple(bias.shape)}) must be (C_out,) = ({weight.shape[0]},)")
 
-    dtype = _autocast_dtype(input.device.type)
+    dtype = autocast_dtype(input.device.type)
     if dtype is not None:
-        input, weight = _cast(input, dtype), _cast(weight, dtype)
-        bias = None if bias is None else _cast(bias, dtype)
-    _check_same("input", input, "weight", weight)
+        input, weight = cast(input, dtype), cast(weight, dtype)
+        bias = None if bias is None else cast(bias, dtype)
+    check_same("input", input, "weight", weight)
     if bias is not None:
-        _check_same("bias", bias, "weight", weight)
+        check_same("bias", bias, "weight", weight)
 
     before, after = _pads(padding, padding_mode, stride, dilation, weight.shape[2:])
     if padding_mode != "zeros":
@@ -195,20 +302,61 @@ def refconv2d(
         >>> refconv2d(x, basis, refocus, padding=1, groups=8).shape
         torch.Size([2, 8, 5, 5])
     """
-    _check_tensors(refocus=refocus)
+    check_tensors(refocus=refocus)
     if refocus.dim() == 4 and refocus.shape[1] != groups:
         raise ValueError(f"refocus.shape[1] (={refocus.shape[1]}) must be groups (={groups}), Eq. 2 of the paper")
-    backend = _one_call(input, basis, refocus, bias, stride, padding, dilation, groups, padding_mode)
+    geometry = stride, padding, dilation
+    backend = _one_call("refconv2d", input, basis, (refocus,), bias, *geometry, groups, padding_mode)
     if backend != "reference":
-        return apply(RefConv2d, input, basis, refocus, bias, identity, stride, padding, dilation, backend)[0]
+        return apply(RefConv2d, input, basis, refocus, bias, identity, *geometry, backend)[0]
     weight = refocus_weight(basis, refocus, identity=identity)
-    return conv2d(input, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)
+    return conv2d(input, weight, bias, *geometry, groups, padding_mode=padding_mode)
+
+
+def thin_refconv2d(
+    input: Tensor,
+    basis: Tensor,
+    coordinates: Tensor,
+    factor: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+    identity: bool = True,
+) -> Tensor:
+    """Refocusing convolution in the thin form, ``y = conv2d(x, E R + W_b)``.
+
+    Equivalent to ``conv2d(input, thin_refocus_weight(basis, coordinates, factor, identity=identity), bias, ...)``; see
+    :func:`thin_refocus_weight` and :func:`conv2d` for shapes, dtypes and errors. ``factor.shape[0]`` must be
+    ``N / groups`` (Eq. 2).
+
+    Example:
+        >>> x, basis, coordinates = torch.randn(2, 8, 5, 5), torch.randn(8, 1, 3, 3), torch.randn(8, 9)
+        >>> thin_refconv2d(x, basis, coordinates, refocus_factor(basis, 8), padding=1, groups=8).shape
+        torch.Size([2, 8, 5, 5])
+    """
+    check_tensors(basis=basis, factor=factor)
+    kernels = basis.shape[0] * basis.shape[1] if basis.dim() == 4 else 0
+    if kernels and factor.dim() == 3 and factor.shape[0] * groups != kernels:
+        raise ValueError(
+            f"factor.shape[0] (={factor.shape[0]}) must be the number of 2-D kernels / groups, {kernels} / {groups}"
+        )
+    geometry = stride, padding, dilation
+    backend = _one_call("thin_refconv2d", input, basis, (coordinates, factor), bias, *geometry, groups, padding_mode)
+    if backend != "reference":
+        return apply(ThinRefConv2d, input, basis, coordinates, factor, bias, identity, *geometry, backend)
+    weight = thin_refocus_weight(basis, coordinates, factor, identity=identity)
+    return conv2d(input, weight, bias, *geometry, groups, padding_mode=padding_mode)
 
 
 def _one_call(
+    operator: str,
     input: Tensor,
     basis: Tensor,
-    refocus: Tensor,
+    weights: tuple[Tensor, ...],
     bias: Tensor | None,
     stride: Any,
     padding: Any,
@@ -219,87 +367,40 @@ def _one_call(
     """The backend that runs both steps as one operator; ``"reference"`` when they are taken one by one.
 
     For the plain case only, and only for arguments beyond doubt: the two steps know the rest and the errors.
+    ``weights`` are what the transformation is made of: ``(W_r,)`` or ``(E, R)``.
     """
-    tensors = [t for t in (input, basis, refocus, bias) if isinstance(t, Tensor)]
-    if len(tensors) != (3 if bias is None else 4) or torch._C._are_functorch_transforms_active():
+    given = (input, basis, *weights) if bias is None else (input, basis, *weights, bias)
+    if not all(isinstance(t, Tensor) for t in given) or torch._C._are_functorch_transforms_active():
         return "reference"
     pairs = (stride, padding, dilation)
     if padding_mode != "zeros" or not all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
         return "reference"
     if not all(isinstance(v, int) for p in pairs for v in p):
         return "reference"
-    if any(t.dtype != input.dtype or t.device != input.device for t in tensors):
+    if any(t.dtype != input.dtype or t.device != input.device for t in given):
         return "reference"
-    if input.dim() != 4 or basis.dim() != 4 or _autocast_dtype(input.device.type) is not None:
+    if input.dim() != 4 or basis.dim() != 4 or autocast_dtype(input.device.type) is not None:
         return "reference"
-    out_channels, per_group, map_size = *basis.shape[:2], refocus.shape[-1]
-    if input.shape[1] != per_group * groups or out_channels % groups != 0 or map_size % 2 == 0:
+    out_channels, per_group, *size = basis.shape
+    kernels = out_channels * per_group
+    if input.shape[1] != per_group * groups or out_channels % groups != 0:
         return "reference"
-    if refocus.shape != (out_channels * per_group, groups, map_size, map_size):
-        return "reference"
-    if bias is not None and bias.shape != (out_channels,):
+    if len(weights) == 1:
+        map_size = weights[0].shape[-1]
+        fits = weights[0].shape == (kernels, groups, map_size, map_size) and map_size % 2 == 1
+    else:
+        rank = weights[0].shape[-1]
+        fits = weights[0].shape == (kernels, rank) and weights[1].shape == (kernels // groups, rank, size[0] * size[1])
+    if not fits or (bias is not None and bias.shape != (out_channels,)):
         return "reference"
     if is_channels_last(basis):  # decides about the output's, and the operator's W_t has none
         return "reference"
     if min(*stride, *dilation) < 1 or min(padding) < 0:
         return "reference"
-    size = output_size(input, basis, stride, padding, dilation)
-    if min(size) < 1:
+    out_size = output_size(input, basis, stride, padding, dilation)
+    if min(out_size) < 1:
         return "reference"
-    return choose("refconv2d", input, basis, refocus, groups, size[1], optional=True)
-
-
-# --- autocast, shared with the module -----------------------------------------------------------------------
-
-
-def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A context in which autocast leaves operations on the device of ``tensor`` alone."""
-    device = tensor.device.type
-    return nullcontext() if _autocast_dtype(device) is None else torch.autocast(device, enabled=False)
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    """The type that autocast wants for a convolution on ``device``; None where it is off."""
-    # Not torch.amp.is_autocast_available(), which the compiler of torch 2.11 cannot trace; meta has no autocast.
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.dtype in (torch.float32, *_HALVES) else tensor  # as autocast does
-
-
-# --- validation, shared with the module ---------------------------------------------------------------------
-
-
-def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    """``value`` as ``(height, width)``; each at least ``least``."""
-    try:
-        both = (value, value) if isinstance(value, int) else tuple(value)
-    except TypeError:
-        both = ()
-    if len(both) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in both):
-        raise ValueError(f"{name} (={value!r}) must be an int of at least {least}, or two of them")
-    return both
-
-
-def check_groups(groups: int) -> None:
-    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
-        raise ValueError(f"groups (={groups!r}) must be a positive int")
-
-
-def check_padding(padding: int | Sequence[int] | str, padding_mode: str, stride: tuple[int, int]) -> None:
-    """Raise unless ``padding`` and ``padding_mode`` are what :class:`torch.nn.Conv2d` accepts."""
-    if padding_mode not in PADDING_MODES:
-        raise ValueError(f"padding_mode (={padding_mode!r}) must be one of {PADDING_MODES}")
-    if isinstance(padding, str):
-        if padding not in ("same", "valid"):
-            raise ValueError(f"padding (={padding!r}) must be 'same', 'valid', an int, or two of them")
-        if padding == "same" and stride != (1, 1):
-            raise ValueError(f"padding='same' needs stride 1, got stride (={stride})")
-    else:
-        pair("padding", padding, 0)
+    return choose(operator, input, basis, *weights, groups, out_size[1], optional=True)
 
 
 def _pads(
@@ -323,23 +424,3 @@ def _pads(
 
 def _pad(input: Tensor, before: tuple[int, int], after: tuple[int, int], mode: str) -> Tensor:
     return torch.nn.functional.pad(input, (before[1], after[1], before[0], after[0]), mode=mode)
-
-
-def _check_tensors(**tensors: object) -> None:
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} (={value!r}) must be a torch.Tensor")
-        if not (value.is_floating_point() or value.is_complex()):
-            raise TypeError(f"{name}.dtype (={value.dtype}) must be a floating-point or complex type")
-
-
-def _check_dims(name: str, tensor: Tensor, dims: int, shape: str) -> None:
-    if tensor.dim() != dims:
-        raise ValueError(f"{name}.shape (={tuple(tensor.shape)}) must be {shape}")
-
-
-def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.dtype != other.dtype:
-        raise TypeError(f"{name}.dtype (={tensor.dtype}) must be the dtype of {other_name} (={other.dtype})")
-    if tensor.device != other.device:
-        raise ValueError(f"{name}.device (={tensor.device}) must be the device of {other_name} (={other.device})")

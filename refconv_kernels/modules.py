@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refconv_kernels import functional
-from refconv_kernels.transforms import RefocusingTransformation, check_map_size
+from refconv_kernels import functional, thin
+from refconv_kernels.autocast import no_autocast
+from refconv_kernels.checks import check_groups, check_map_size, check_padding, pair
+from refconv_kernels.transforms import RefocusingTransformation, ThinRefocusingTransformation
 
 __all__ = ["RefConv2d"]
 
-FORMS = ("full",)
+FORMS = ("full", "thin")
 BASES = ("frozen", "trainable")
+_FORM_OF: dict[type, str] = {RefocusingTransformation: "full", ThinRefocusingTransformation: "thin"}
 _READ_ONLY = (
     "RefConv2d.weight is computed from basis_weight and transform, so it cannot be set: "
     "fold first (layer.fuse() or refconv_kernels.reparameterize(model))"
@@ -45,9 +49,11 @@ class RefConv2d(nn.Module):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in
             :class:`torch.nn.Conv2d`, sizes in pixels.
         map_size: ``k``, the odd size of the refocusing weights' windows, at most the kernel's smaller side.
-        form: ``"full"``, parameters ``W_r`` as in the paper.
-        init: initial ``W_r``: ``"xavier"``, ``"zeros"`` (then ``W_t = W_b`` at first), ``"kaiming"`` or
-            ``"xavier_grouped"``; see :class:`~refconv_kernels.transforms.RefocusingTransformation`.
+        form: ``"full"``, parameter ``W_r`` as in the paper, or ``"thin"``, its coordinates ``E``: the same training,
+            for SGD, with as few parameters as the plain convolution (docs/numerics.md). Where ``W_r`` has no more
+            numbers than ``E`` would have, ``groups * map_size**2 <= K_h * K_w`` (dense layers), the two are one.
+        init: initial ``W_r``: ``"xavier"``, ``"xavier_normal"``, ``"zeros"`` (then ``W_t = W_b`` at first),
+            ``"kaiming"`` or ``"xavier_grouped"``; see :class:`~refconv_kernels.transforms.RefocusingTransformation`.
         identity: add ``W_b`` in Eq. 1; False is the paper's "w/o shortcut".
         basis: ``"frozen"``, or ``"trainable"`` for the paper's ablation. This sets ``requires_grad`` of
             ``basis_weight``, which later calls of ``requires_grad_`` change like any other parameter's.
@@ -57,7 +63,9 @@ class RefConv2d(nn.Module):
 
     Attributes:
         basis_weight: ``W_b``, ``[C_out, C_in/groups, K_h, K_w]``.
-        transform: the Refocusing Transformation; its parameter is ``transform.weight``, ``[N, groups, k, k]``.
+        transform: the Refocusing Transformation; its parameter is ``transform.weight``, ``W_r [N, groups, k, k]`` or
+            ``E [N, r]``.
+        form: the form that the layer has, None for a ``transform`` of the user's.
         bias: ``[C_out]`` or None; trained.
 
     Input ``[B, C_in, H, W]`` or ``[C_in, H, W]``; output as from :class:`torch.nn.Conv2d`.
@@ -101,18 +109,18 @@ class RefConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        functional.check_groups(groups)
+        check_groups(groups)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
                 raise ValueError(f"{name} (={channels!r}) must be a positive int")
             if channels % groups != 0:
                 raise ValueError(f"{name} (={channels}) must be divisible by groups (={groups})")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = functional.pair("kernel_size", kernel_size, 1)
-        self.stride = functional.pair("stride", stride, 1)
-        self.dilation = functional.pair("dilation", dilation, 1)
-        functional.check_padding(padding, padding_mode, self.stride)
-        self.padding = padding if isinstance(padding, str) else functional.pair("padding", padding, 0)
+        self.kernel_size = pair("kernel_size", kernel_size, 1)
+        self.stride = pair("stride", stride, 1)
+        self.dilation = pair("dilation", dilation, 1)
+        check_padding(padding, padding_mode, self.stride)
+        self.padding = padding if isinstance(padding, str) else pair("padding", padding, 0)
         self.padding_mode = padding_mode
         self.transposed, self.output_padding = False, (0, 0)  # read by code that handles nn.Conv2d
         if form not in FORMS:
@@ -120,7 +128,6 @@ class RefConv2d(nn.Module):
         if basis not in BASES:
             raise ValueError(f"basis (={basis!r}) must be one of {BASES}")
 
-        kernels = out_channels * in_channels // groups
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.basis_weight = nn.Parameter(torch.empty(shape, **factory), requires_grad=basis == "trainable")
@@ -132,7 +139,6 @@ class RefConv2d(nn.Module):
             check_map_size(map_size)
             if map_size > min(self.kernel_size):
                 raise ValueError(f"map_size (={map_size}) must be at most the kernel_size (={self.kernel_size})")
-            transform = RefocusingTransformation(kernels, groups, map_size, init=init, identity=identity, **factory)
         elif not isinstance(transform, nn.Module):
             raise TypeError(f"transform (={transform!r}) must be a torch.nn.Module")
         elif (map_size, form, init, identity) != (3, "full", "xavier", True):
@@ -140,24 +146,51 @@ class RefConv2d(nn.Module):
                 f"map_size (={map_size}), form (={form!r}), init (={init!r}) and identity (={identity}) describe "
                 "the default transformation; leave them out when transform is given"
             )
-        self.transform = transform
         self._folded_requires_grad = True  # of the weight that fuse() returns
         self._kept: tuple[list[Any], Tensor] | None = None
         self._reset_convolution()
+        if transform is not None:
+            self.transform = transform
+        elif form == "thin" and thin.is_smaller(groups, map_size, self.basis_weight[0, 0].numel()):
+            self.transform = ThinRefocusingTransformation(
+                self.basis_weight.detach(), groups, map_size, init=init, identity=identity
+            )
+            if basis == "trainable":
+                warnings.warn(
+                    "form='thin' with basis='trainable' is another model than form='full': its factor stays "
+                    "that of the first basis (docs/numerics.md)",
+                    stacklevel=2,
+                )
+        else:
+            kernels = out_channels * in_channels // groups
+            self.transform = RefocusingTransformation(
+                kernels, groups, map_size, init=init, identity=identity, **factory
+            )
+
+    @property
+    def form(self) -> str | None:
+        """``"full"`` or ``"thin"``; None for a ``transform`` of the user's."""
+        return _FORM_OF.get(type(self.transform))
 
     def reset_parameters(self) -> None:
         """Draw basis and bias as :class:`torch.nn.Conv2d` does, and the transformation as it defines."""
         self._reset_convolution()
-        for module in self.transform.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
+        self._reset_transform()
 
     def _reset_convolution(self) -> None:
         nn.init.kaiming_uniform_(self.basis_weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.basis_weight[0].numel())
             nn.init.uniform_(self.bias, -bound, bound)
+
+    def _reset_transform(self) -> None:
+        if isinstance(self.transform, ThinRefocusingTransformation):
+            self.transform.draw(self.basis_weight)
+            return
+        for module in self.transform.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
 
     # --- conversion ---------------------------------------------------------------------------------------
 
@@ -187,14 +220,17 @@ class RefConv2d(nn.Module):
             conv.groups,
             conv.bias is not None,
             conv.padding_mode,
-            device=conv.weight.device,
+            device="meta",
             dtype=conv.weight.dtype,
             **options,
         )
-        layer.basis_weight.data = conv.weight.detach().clone()
+        trainable = layer.basis_weight.requires_grad
+        layer.basis_weight = nn.Parameter(conv.weight.detach().clone(), requires_grad=trainable)
         if conv.bias is not None:
-            layer.bias.data = conv.bias.detach().clone()
-            layer.bias.requires_grad = conv.bias.requires_grad
+            layer.bias = nn.Parameter(conv.bias.detach().clone(), requires_grad=conv.bias.requires_grad)
+        if options.get("transform") is None:
+            layer.transform.to_empty(device=conv.weight.device)
+            layer._reset_transform()
         layer._folded_requires_grad = conv.weight.requires_grad
         return _like(conv, layer)
 
@@ -227,7 +263,7 @@ class RefConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """``W_t``, computed anew at each access; read-only: writing into the result changes nothing."""
-        with functional.no_autocast(self.basis_weight):
+        with no_autocast(self.basis_weight):
             weight = self.transform(self.basis_weight)
         basis = self.basis_weight
         if weight.shape != basis.shape or weight.dtype != basis.dtype:
@@ -241,17 +277,14 @@ class RefConv2d(nn.Module):
         geometry = self.bias, self.stride, self.padding, self.dilation, self.groups
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return functional.conv2d(input, self._kept_weight(), *geometry, padding_mode=self.padding_mode)
-        transform = self.transform
-        if type(transform) is RefocusingTransformation and not any(getattr(transform, name) for name in _HOOKS):
-            return functional.refconv2d(
-                input,
-                self.basis_weight,
-                transform.weight,
-                *geometry,
-                padding_mode=self.padding_mode,
-                identity=transform.identity,
-            )
-        return functional.conv2d(input, self.weight, *geometry, padding_mode=self.padding_mode)
+        transform: Any = self.transform
+        if self.form is None or any(getattr(transform, name) for name in _HOOKS):
+            return functional.conv2d(input, self.weight, *geometry, padding_mode=self.padding_mode)
+        basis, weight = self.basis_weight, transform.weight
+        options: dict[str, Any] = {"padding_mode": self.padding_mode, "identity": transform.identity}
+        if self.form == "thin":
+            return functional.thin_refconv2d(input, basis, weight, transform.factor, *geometry, **options)
+        return functional.refconv2d(input, basis, weight, *geometry, **options)
 
     def _kept_weight(self) -> Tensor:
         sources = [self.basis_weight, *self.transform.parameters(), *self.transform.buffers()]
@@ -317,21 +350,31 @@ class RefConv2d(nn.Module):
             if prefix + theirs in state_dict and prefix + ours not in state_dict:
                 state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
         own = {f"{prefix}transform.{name}": t for name, t in self.transform.state_dict(keep_vars=True).items()}
+        factor = f"{prefix}transform.factor"
         if not any(key.startswith(prefix + "transform.") for key in state_dict):
-            state_dict.update(own)  # a plain convolution: the transformation stays as it is
+            state_dict.update({key: t for key, t in own.items() if key != factor})  # a plain convolution
 
+        basis = state_dict.get(f"{prefix}basis_weight")
         errors = []
         for key, tensor in {f"{prefix}basis_weight": self.basis_weight, f"{prefix}bias": self.bias, **own}.items():
             loaded = state_dict.get(key)
             if tensor is not None and isinstance(loaded, Tensor) and loaded.shape != tensor.shape:
                 errors.append(f"size mismatch for {key}: {tuple(loaded.shape)} must be {tuple(tensor.shape)}")
-        basis = state_dict.get(f"{prefix}basis_weight")
+                other = {"full": 2, "thin": 4}.get(self.form or "")
+                if key == f"{prefix}transform.weight" and loaded.dim() == other:
+                    change = "thin_to_full" if self.form == "full" else "full_to_thin"
+                    errors[-1] += f" (a checkpoint of the other form: convert it with {change})"
         if isinstance(basis, Tensor) and _all_zero(basis):
             errors.append(f"{prefix}basis_weight is all zeros: a frozen zero basis stays zero and gets no gradient")
         if errors:
             error_msgs.extend(errors)
             state_dict.update(own)  # so that the transformation, loaded after this, stays as it is too
             return
+        if self.form == "thin" and factor not in state_dict:
+            source = basis if isinstance(basis, Tensor) else self.basis_weight
+            source = source if local_metadata.get("assign_to_params_buffers") else source.to(self.basis_weight)
+            map_size: Any = self.transform.map_size
+            state_dict[factor] = functional.refocus_factor(source, self.groups, map_size)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

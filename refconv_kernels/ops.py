@@ -1,8 +1,8 @@
-"""Operators: one schema and one fake kernel each, and the table that chooses the backend.
+"""The table of operators and backends, and the choice among them.
 
-An operator ``name`` of a backend ``b`` is the torch operator ``refconv_b::name``. All backends share the
-schema and the fake kernel defined here, so ``torch.compile``, ``torch.export`` and ``opcheck`` see them
-alike. Where no kernel covers a problem, :mod:`refconv_kernels.reference` runs.
+An operator ``name`` of a backend ``b`` is the torch operator ``refconv_b::name``. All backends share its
+schema and its fake kernel (:mod:`refconv_kernels.schemas`), so ``torch.compile``, ``torch.export`` and ``opcheck`` see
+them alike. Where no kernel covers a problem, :mod:`refconv_kernels.reference` runs.
 """
 
 from __future__ import annotations
@@ -15,126 +15,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 
 from refconv_kernels.backends import cpu, triton
-from refconv_kernels.geometry import output_format, output_size
-
-# --- schemas and fake kernels -------------------------------------------------------------------------------
-
-_SCHEMAS = {
-    "refocus_weight": "(Tensor basis, Tensor refocus, bool identity) -> Tensor",
-    "refocus_weight_backward": "(Tensor grad_transformed, Tensor basis, int group_size, int map_size) -> Tensor",
-    "grouped_conv2d": (
-        "(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
-    ),
-    "grouped_conv2d_backward": (
-        "(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
-        "bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
-    ),
-    "refconv2d": (  # the output and W_t
-        "(Tensor input, Tensor basis, Tensor refocus, Tensor? bias, bool identity, int[2] stride, int[2] padding, "
-        "int[2] dilation) -> (Tensor, Tensor)"
-    ),
-    "refconv2d_backward": (  # the gradients of the input, of W_t, of W_r and of the bias
-        "(Tensor grad_output, Tensor input, Tensor transformed, Tensor basis, int group_size, int map_size, "
-        "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_basis, bool need_refocus, "
-        "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-}
-
-
-def _fake_refocus_weight(basis: Tensor, refocus: Tensor, identity: bool) -> Tensor:
-    return basis.new_empty(basis.shape)
-
-
-def _fake_refocus_weight_backward(grad_transformed: Tensor, basis: Tensor, group_size: int, map_size: int) -> Tensor:
-    return basis.new_empty(basis.shape[0] * basis.shape[1], group_size, map_size, map_size)
-
-
-def _fake_grouped_conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
-) -> Tensor:
-    size = output_size(input, weight, stride, padding, dilation)
-    output = input.new_empty(input.shape[0], weight.shape[0], *size)
-    return output.to(memory_format=output_format(input, weight))
-
-
-def _fake_grouped_conv2d_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        input.new_empty(input.shape).to(memory_format=output_format(input, weight))
-        if need_input
-        else input.new_empty(0),
-        weight.new_empty(weight.shape if need_weight else 0),
-        weight.new_empty(weight.shape[0] if need_bias else 0),
-    )
-
-
-def _fake_refconv2d(
-    input: Tensor,
-    basis: Tensor,
-    refocus: Tensor,
-    bias: Tensor | None,
-    identity: bool,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> tuple[Tensor, Tensor]:
-    output = _fake_grouped_conv2d(input, basis, bias, stride, padding, dilation)
-    return output, _fake_refocus_weight(basis, refocus, identity)
-
-
-def _fake_refconv2d_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    transformed: Tensor,
-    basis: Tensor,
-    group_size: int,
-    map_size: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    need_input: bool,
-    need_basis: bool,
-    need_refocus: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_weight = need_basis or need_refocus
-    grad_input, grad_weight, grad_bias = _fake_grouped_conv2d_backward(
-        grad_output, input, transformed, stride, padding, dilation, need_input, need_weight, need_bias
-    )
-    grad_refocus = _fake_refocus_weight_backward(transformed, basis, group_size, map_size)
-    return grad_input, grad_weight, grad_refocus if need_refocus else basis.new_empty(0), grad_bias
-
-
-_FAKES: dict[str, Callable[..., Any]] = {
-    "refocus_weight": _fake_refocus_weight,
-    "refocus_weight_backward": _fake_refocus_weight_backward,
-    "grouped_conv2d": _fake_grouped_conv2d,
-    "grouped_conv2d_backward": _fake_grouped_conv2d_backward,
-    "refconv2d": _fake_refconv2d,
-    "refconv2d_backward": _fake_refconv2d_backward,
-}
-
-
-def _register(backend: str) -> None:
-    for name, schema in _SCHEMAS.items():
-        torch.library.define(f"refconv_{backend}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"refconv_{backend}::{name}", _FAKES[name])
-
-
-# --- the table ----------------------------------------------------------------------------------------------
+from refconv_kernels.schemas import register
 
 
 @dataclass(frozen=True)
@@ -157,16 +41,20 @@ UNAVAILABLE: dict[str, str | None] = {
 }
 
 #: ``KERNELS[operator][backend]``, best backend first. What is not listed runs on the reference path.
-KERNELS: dict[str, dict[str, Kernel]] = {"refocus_weight": {}, "grouped_conv2d": {}, "refconv2d": {}}
+KERNELS: dict[str, dict[str, Kernel]] = {
+    name: {} for name in ("refocus_weight", "grouped_conv2d", "refconv2d", "thin_refocus_weight", "thin_refconv2d")
+}
 
 
 def _add(backend: str, module: ModuleType) -> None:
     """Enter all operators of a backend, whose module says for each what it is for."""
-    _register(backend)
+    register(backend)
     for name, implementation in getattr(module, "IMPLEMENTATIONS", {}).items():  # of C++ ones importing was enough
         torch.library.impl(f"refconv_{backend}::{name}", module.DISPATCH_KEY)(implementation)
     operators = getattr(torch.ops, f"refconv_{backend}")
     for name, kernels in KERNELS.items():
+        if not hasattr(module, f"{name}_limits"):
+            continue
         kernels[backend] = Kernel(
             getattr(operators, name).default,
             getattr(operators, f"{name}_backward").default,

@@ -52,6 +52,29 @@ def refocus_weight_backward(
     return grad_basis, grad_refocus
 
 
+def thin_refocus_weight(basis: Tensor, coordinates: Tensor, factor: Tensor, identity: bool) -> Tensor:
+    """``W_t = E R + W_b``, the thin form of Eq. 1 (docs/numerics.md): one matrix product per refocus group.
+
+    ``basis`` is ``[C_out, C_in/g, K_h, K_w]``, ``coordinates`` ``[N, r]``, ``factor`` ``[N / g, r, K_h * K_w]``.
+    The result has the shape of ``basis`` and is contiguous.
+    """
+    groups, rank, _ = factor.shape
+    moved = (coordinates.reshape(groups, -1, rank) @ factor).reshape(basis.shape)
+    return basis + moved if identity else moved
+
+
+def thin_refocus_weight_backward(grad: Tensor, factor: Tensor) -> Tensor:
+    """Gradient of :func:`thin_refocus_weight` with respect to ``coordinates``: ``dE = dW_t R^T``, ``[N, r]``."""
+    groups, rank, size = factor.shape
+    return (grad.reshape(groups, -1, size) @ factor.transpose(1, 2)).reshape(-1, rank)
+
+
+def thin_factor_gradient(grad: Tensor, coordinates: Tensor, factor: Tensor) -> Tensor:
+    """Gradient of :func:`thin_refocus_weight` with respect to ``factor``: ``E^T dW_t`` per refocus group."""
+    groups, rank, size = factor.shape
+    return coordinates.reshape(groups, -1, rank).transpose(1, 2) @ grad.reshape(groups, -1, size)
+
+
 def conv2d(
     input: Tensor,
     weight: Tensor,

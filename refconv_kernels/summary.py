@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from refconv_kernels.convert import check_module, reparameterize, skip_reasons
 from refconv_kernels.modules import RefConv2d
 from refconv_kernels.ops import use_backend
-from refconv_kernels.transforms import RefocusingTransformation
+from refconv_kernels.transforms import RefocusingTransformation, ThinRefocusingTransformation
 
 __all__ = ["LayerSummary", "Summary", "summary"]
+
+_OURS = (RefocusingTransformation, ThinRefocusingTransformation)
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,9 @@ class LayerSummary:
     case: str  # "depthwise", "groupwise" or "dense"
     basis_shape: tuple[int, ...]
     basis_trainable: bool
+    form: str | None  # "full" or "thin"; None for a transformation of the user's
     transform_parameters: int
-    transform_flops: int | None  # per training step, K^2 k^2 C_in C_out; None for a transformation of the user's
+    transform_flops: int | None  # per training step, K^2 k^2 C_in C_out in the full form; None for one of the user's
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,13 @@ class Summary:
     deployed_flops: int | None  # None without input_size
 
     def __str__(self) -> str:
-        rows = [("layer", "case", "basis weights", "basis", "W_r", "multiply-adds")]
+        rows = [("layer", "case", "basis weights", "basis", "form", "trained", "multiply-adds")]
         for layer in self.layers:
             flops = "?" if layer.transform_flops is None else f"{layer.transform_flops:,}"
             state = "trainable" if layer.basis_trainable else "frozen"
             shape = "x".join(map(str, layer.basis_shape))
-            rows.append((layer.name or "(model)", layer.case, shape, state, f"{layer.transform_parameters:,}", flops))
+            row = (layer.name or "(model)", layer.case, shape, state, layer.form or "custom")
+            rows.append((*row, f"{layer.transform_parameters:,}", flops))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "-" * max(map(len, lines)))
@@ -98,7 +102,7 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Summar
     check_module(model)
     refocused = {name: m for name, m in model.named_modules() if isinstance(m, RefConv2d)}
     layers = tuple(_layer(name, layer) for name, layer in refocused.items())
-    sizes = [t.map_size for m in refocused.values() if isinstance(t := m.transform, RefocusingTransformation)]
+    sizes = [t.map_size for m in refocused.values() if isinstance(t := m.transform, _OURS)]
     skipped = {
         name: reason or ("not selected" if refocused else "can be refocused")
         for name, reason in skip_reasons(model, min(sizes, default=3)).items()
@@ -125,13 +129,14 @@ def _layer(name: str, layer: RefConv2d) -> LayerSummary:
     depthwise = layer.groups == layer.in_channels and layer.groups > 1
     transform, basis = layer.transform, layer.basis_weight
     flops = None
-    if isinstance(transform, RefocusingTransformation):
+    if isinstance(transform, _OURS):
         flops = transform.weight.numel() * basis[0, 0].numel()
     return LayerSummary(
         name=name,
         case="depthwise" if depthwise else "dense" if layer.groups == 1 else "groupwise",
         basis_shape=tuple(basis.shape),
         basis_trainable=basis.requires_grad,
+        form=layer.form,
         transform_parameters=sum(p.numel() for p in transform.parameters()),
         transform_flops=flops,
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from refconv_kernels.functional import refocus_weight
+from refconv_kernels import guard, thin
+from refconv_kernels.checks import check_map_size
+from refconv_kernels.functional import refocus_factor, refocus_weight, thin_refocus_weight
 
-__all__ = ["INITS", "RefocusingTransformation"]
+__all__ = ["INITS", "RefocusingTransformation", "ThinRefocusingTransformation"]
 
-INITS = ("xavier", "zeros", "kaiming", "xavier_grouped")
+INITS = ("xavier", "xavier_normal", "zeros", "kaiming", "xavier_grouped")
 
 
 class RefocusingTransformation(nn.Module):
@@ -23,8 +26,8 @@ class RefocusingTransformation(nn.Module):
         kernels: number ``N`` of 2-D kernels in the basis.
         group_size: kernels mixed with each other, the convolution's ``groups``.
         map_size: ``k``, odd.
-        init: ``"xavier"`` (``xavier_uniform_`` on ``W_r``, the paper's words), ``"zeros"`` (``W_t = W_b`` at
-            first), ``"kaiming"`` (``nn.Conv2d``'s default, what the authors' code does) or
+        init: ``"xavier"`` (``xavier_uniform_`` on ``W_r``, the paper's words), ``"xavier_normal"``, ``"zeros"``
+            (``W_t = W_b`` at first), ``"kaiming"`` (``nn.Conv2d``'s default, what the authors' code does) or
             ``"xavier_grouped"`` (Xavier with the fans counted within a refocus group).
         identity: add ``W_b``; False is the paper's "w/o shortcut".
 
@@ -49,8 +52,7 @@ class RefocusingTransformation(nn.Module):
     ) -> None:
         super().__init__()
         check_map_size(map_size)
-        if init not in INITS:
-            raise ValueError(f"init (={init!r}) must be one of {INITS}")
+        _check_init(init)
         if group_size < 1 or kernels % group_size != 0:
             raise ValueError(f"kernels (={kernels}) must be divisible by group_size (={group_size})")
         self.map_size, self.init, self.identity = map_size, init, identity
@@ -60,16 +62,14 @@ class RefocusingTransformation(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw ``W_r`` anew by ``init``."""
-        if self.init == "zeros":
-            nn.init.zeros_(self.weight)
-        elif self.init == "xavier":
-            nn.init.xavier_uniform_(self.weight)
-        elif self.init == "kaiming":
-            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        else:
-            fan = self.weight[0].numel()  # g * k * k, both in and out
-            bound = math.sqrt(6 / (fan + fan))
-            nn.init.uniform_(self.weight, -bound, bound)
+        std = _initial_std(self.init, *self.weight.shape[:3])
+        with torch.no_grad():
+            if self.init == "xavier_normal":
+                self.weight.normal_(0, std)
+            elif std == 0:
+                self.weight.zero_()
+            else:
+                self.weight.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std)
 
     def forward(self, basis: Tensor) -> Tensor:
         return refocus_weight(basis, self.weight, identity=self.identity)
@@ -80,6 +80,86 @@ class RefocusingTransformation(nn.Module):
         return text if self.identity else text + ", identity=False"
 
 
-def check_map_size(map_size: int) -> None:
-    if not isinstance(map_size, int) or isinstance(map_size, bool) or map_size < 1 or map_size % 2 == 0:
-        raise ValueError(f"map_size (={map_size!r}) must be a positive odd int")
+class ThinRefocusingTransformation(nn.Module):
+    """``T(W_b) = E R + W_b``: :class:`RefocusingTransformation` in the coordinates that the basis sees.
+
+    Its parameter ``weight`` is ``E``, ``[N, r]`` with ``r = min(g k^2, K_h K_w)``; its buffer ``factor`` is ``R``,
+    ``[N/g, r, K_h K_w]``, a function of the basis that is saved with ``E`` and never trained. Under SGD it gives the
+    ``W_t`` of the full form at every step (docs/numerics.md).
+
+    Args:
+        basis: basis weights, ``[C_out, C_in/g, K_h, K_w]``; also gives device and dtype. Not kept.
+        group_size, map_size, init, identity: as in :class:`RefocusingTransformation`. On the CPU the same seed gives
+            the same ``W_t`` as the full form, except for ``"xavier_normal"``: it has the same law, drawn directly.
+
+    Raises:
+        TypeError: ``basis`` is not a real floating-point tensor.
+        ValueError: an even ``map_size``, an unknown ``init``, or sizes that do not divide.
+
+    Example:
+        >>> basis = torch.randn(8, 1, 3, 3)
+        >>> transform = ThinRefocusingTransformation(basis, 8)
+        >>> transform.weight.shape, transform(basis).shape
+        (torch.Size([8, 9]), torch.Size([8, 1, 3, 3]))
+    """
+
+    factor: Tensor
+
+    def __init__(
+        self, basis: Tensor, group_size: int, map_size: int = 3, *, init: str = "xavier", identity: bool = True
+    ) -> None:
+        super().__init__()
+        _check_init(init)
+        factor = refocus_factor(basis, group_size, map_size)
+        self.group_size, self.map_size, self.init, self.identity = group_size, map_size, init, identity
+        self.weight = nn.Parameter(basis.new_empty(basis.shape[0] * basis.shape[1], factor.shape[1]))
+        self.register_buffer("factor", factor)
+        self.draw(basis)
+        guard.watch(self)
+
+    def rebase(self, basis: Tensor) -> None:
+        """Take ``factor`` from a new basis of the same shape; ``weight`` stays."""
+        with torch.no_grad():
+            self.factor.copy_(refocus_factor(basis, self.group_size, self.map_size))
+
+    def draw(self, basis: Tensor) -> None:
+        """Draw ``E`` anew by ``init``, as the ``W_r`` of a layer with this basis; ``factor`` is taken from it too."""
+        self.rebase(basis)
+        if self.weight.is_meta:
+            return
+        std = _initial_std(self.init, len(self.weight), self.group_size, self.map_size)
+        with torch.no_grad():
+            if self.init == "xavier_normal":  # a rotation of independent Gaussians is independent Gaussians
+                self.weight.normal_(0, std)
+            elif std == 0:
+                self.weight.zero_()
+            else:
+                rotation, _ = thin.decompose(basis, self.group_size, self.map_size)
+                bound = math.sqrt(3) * std
+                self.weight.copy_(thin.project_uniform(bound, len(self.weight), rotation, self.weight.dtype))
+
+    def forward(self, basis: Tensor) -> Tensor:
+        return thin_refocus_weight(basis, self.weight, self.factor, identity=self.identity)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        guard.watch(self)  # a copy is watched like the original
+
+    def extra_repr(self) -> str:
+        text = f"{len(self.weight)}, {self.group_size}, map_size={self.map_size}, init={self.init!r}"
+        return text if self.identity else text + ", identity=False"
+
+
+def _check_init(init: str) -> None:
+    if init not in INITS:
+        raise ValueError(f"init (={init!r}) must be one of {INITS}")
+
+
+def _initial_std(init: str, kernels: int, group_size: int, map_size: int) -> float:
+    """Standard deviation of an entry of ``W_r [N, g, k, k]``; the uniform laws reach ``sqrt(3)`` times as far."""
+    fan_in, fan_out = group_size * map_size**2, kernels * map_size**2  # as torch.nn.init counts them
+    if init == "zeros":
+        return 0.0
+    if init == "kaiming":  # kaiming_uniform_ with a = sqrt(5)
+        return math.sqrt(2 / (1 + 5)) / math.sqrt(fan_in)
+    return math.sqrt(2 / (fan_in + (fan_in if init == "xavier_grouped" else fan_out)))

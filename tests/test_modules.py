@@ -131,7 +131,7 @@ def test_half_precision_layers(backend: str) -> None:
         ((4, 4, 3), {"map_size": 2}, ValueError, r"map_size \(=2\) must be a positive odd int"),
         ((4, 4, 3), {"map_size": 5}, ValueError, r"map_size \(=5\) must be at most the kernel_size \(=\(3, 3\)\)"),
         ((4, 4, (1, 7)), {}, ValueError, r"map_size \(=3\) must be at most the kernel_size \(=\(1, 7\)\)"),
-        ((4, 4, 3), {"form": "thick"}, ValueError, r"form \(='thick'\) must be one of \('full',\)"),
+        ((4, 4, 3), {"form": "thick"}, ValueError, r"form \(='thick'\) must be one of \('full', 'thin'\)"),
         ((4, 4, 3), {"init": "ones"}, ValueError, r"init \(='ones'\) must be one of"),
         ((4, 4, 3), {"basis": "loose"}, ValueError, r"basis \(='loose'\) must be one of \('frozen', 'trainable'\)"),
         ((4, 4, 3), {"transform": abs}, TypeError, r"transform \(=<built-in function abs>\) must be a torch.nn.Module"),

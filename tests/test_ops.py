@@ -16,6 +16,7 @@ from torch import Tensor
 import refconv_kernels
 from refconv_kernels import functional, ops, reference, use_backend
 from refconv_kernels.backends import cpu
+from refconv_kernels.schemas import SCHEMAS
 from tests.cases import CASES, DEPTHWISE, SMALL, Case, cases
 from tests.conftest import BACKENDS, needs_native
 from tests.tolerances import assert_close
@@ -228,7 +229,7 @@ def _samples(name: str, case: Case) -> tuple[object, ...]:
 
 
 @needs_native
-@pytest.mark.parametrize("name", list(ops._SCHEMAS))
+@pytest.mark.parametrize("name", list(SCHEMAS))
 @pytest.mark.parametrize("case", [c for c in SMALL if not isinstance(c.padding, str)], ids=str)
 def test_opcheck(name: str, case: Case) -> None:
     if not name.startswith("refocus") and "depthwise" not in case.name:

@@ -68,8 +68,17 @@ def test_custom_transform_has_unknown_arithmetic() -> None:
 
 def test_printed_table() -> None:
     text = str(summary(refocus(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))), (1, 8, 5, 5)))
-    assert text.splitlines()[0].split() == ["layer", "case", "basis", "weights", "basis", "W_r", "multiply-adds"]
-    assert "0      depthwise  8x1x3x3        frozen  576  5,184" in text
+    assert text.splitlines()[0].split() == [
+        "layer",
+        "case",
+        "basis",
+        "weights",
+        "basis",
+        "form",
+        "trained",
+        "multiply-adds",
+    ]
+    assert "0      depthwise  8x1x3x3        frozen  full  576      5,184" in text
     assert "left alone: 1\n  1: 1x1 kernel" in text
     assert "multiply-adds per step" in text
     assert "deployed network" in text

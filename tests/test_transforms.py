@@ -65,7 +65,7 @@ def test_repr_and_dtype() -> None:
     transform = RefocusingTransformation(6, 3, 5, init="zeros", identity=False, dtype=torch.float64)
     assert repr(transform) == "RefocusingTransformation(6, 3, map_size=5, init='zeros', identity=False)"
     assert transform.weight.dtype == torch.float64
-    assert set(INITS) == {"xavier", "zeros", "kaiming", "xavier_grouped"}
+    assert set(INITS) == {"xavier", "xavier_normal", "zeros", "kaiming", "xavier_grouped"}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_repr_and_dtype() -> None:
         ((6, 6, 2), {}, r"map_size \(=2\) must be a positive odd int"),
         ((6, 6, -1), {}, r"map_size \(=-1\) must be a positive odd int"),
         ((6, 6, 3.0), {}, r"map_size \(=3.0\) must be a positive odd int"),
-        ((6, 6), {"init": "normal"}, r"init \(='normal'\) must be one of \('xavier', 'zeros'"),
+        ((6, 6), {"init": "normal"}, r"init \(='normal'\) must be one of \('xavier', 'xavier_normal', 'zeros'"),
         ((6, 4), {}, r"kernels \(=6\) must be divisible by group_size \(=4\)"),
     ],
 )

@@ -1,0 +1,63 @@
+"""Validation with messages for people: the argument, its value and the rule. Imports only torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    """``value`` as ``(height, width)``; each at least ``least``."""
+    try:
+        both = (value, value) if isinstance(value, int) else tuple(value)
+    except TypeError:
+        both = ()
+    if len(both) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in both):
+        raise ValueError(f"{name} (={value!r}) must be an int of at least {least}, or two of them")
+    return both
+
+
+def check_groups(groups: int) -> None:
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+        raise ValueError(f"groups (={groups!r}) must be a positive int")
+
+
+def check_padding(padding: int | Sequence[int] | str, padding_mode: str, stride: tuple[int, int]) -> None:
+    """Raise unless ``padding`` and ``padding_mode`` are what :class:`torch.nn.Conv2d` accepts."""
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode (={padding_mode!r}) must be one of {PADDING_MODES}")
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding (={padding!r}) must be 'same', 'valid', an int, or two of them")
+        if padding == "same" and stride != (1, 1):
+            raise ValueError(f"padding='same' needs stride 1, got stride (={stride})")
+    else:
+        pair("padding", padding, 0)
+
+
+def check_tensors(**tensors: object) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} (={value!r}) must be a torch.Tensor")
+        if not (value.is_floating_point() or value.is_complex()):
+            raise TypeError(f"{name}.dtype (={value.dtype}) must be a floating-point or complex type")
+
+
+def check_dims(name: str, tensor: Tensor, dims: int, shape: str) -> None:
+    if tensor.dim() != dims:
+        raise ValueError(f"{name}.shape (={tuple(tensor.shape)}) must be {shape}")
+
+
+def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name}.dtype (={tensor.dtype}) must be the dtype of {other_name} (={other.dtype})")
+    if tensor.device != other.device:
+        raise ValueError(f"{name}.device (={tensor.device}) must be the device of {other_name} (={other.device})")
+
+
+def check_map_size(map_size: int) -> None:
+    if not isinstance(map_size, int) or isinstance(map_size, bool) or map_size < 1 or map_size % 2 == 0:
+        raise ValueError(f"map_size (={map_size!r}) must be a positive odd int")
