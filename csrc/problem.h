@@ -50,6 +50,17 @@ struct RefocusProblem {
   int64_t row_length() const { return group_size * map_taps(); }  // entries of W_r per kernel
 };
 
+// The thin form of the Refocusing Transformation (docs/numerics.md): kernel n of refocus group t = n / group_size has
+//   W_t[n] = identity * W_b[n] + sum_{i < rank} E[n, i] * R[t, i]
+// W_b, W_t: [kernels, kernel_size]; E: [kernels, rank]; R: [kernels / group_size, rank, kernel_size].
+struct ThinProblem {
+  int64_t kernels;
+  int64_t group_size;
+  int64_t rank;
+  int64_t kernel_size;
+  bool identity;
+};
+
 // Element types that are stored in 16 bits and computed with in float.
 struct BFloat16 {
   uint16_t bits;

@@ -2,6 +2,7 @@
 
 from refconv_kernels import functional
 from refconv_kernels.convert import refocus, reparameterize
+from refconv_kernels.forms import full_to_thin, thin_to_full
 from refconv_kernels.modules import RefConv2d
 from refconv_kernels.ops import current_backend, use_backend
 from refconv_kernels.summary import summary
@@ -12,10 +13,12 @@ __all__ = [
     "RefocusingTransformation",
     "ThinRefocusingTransformation",
     "current_backend",
+    "full_to_thin",
     "functional",
     "refocus",
     "reparameterize",
     "summary",
+    "thin_to_full",
     "use_backend",
 ]
 __version__ = "0.1.0"

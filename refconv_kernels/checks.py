@@ -61,3 +61,17 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 def check_map_size(map_size: int) -> None:
     if not isinstance(map_size, int) or isinstance(map_size, bool) or map_size < 1 or map_size % 2 == 0:
         raise ValueError(f"map_size (={map_size!r}) must be a positive odd int")
+
+
+def check_basis(basis: Tensor, groups: int, map_size: int) -> None:
+    """Raise unless there is a thin form of a RefConv with this basis."""
+    check_tensors(basis=basis)
+    check_dims("basis", basis, 4, "[C_out, C_in/g, K_h, K_w]")
+    if basis.is_complex():
+        raise TypeError(f"basis.dtype (={basis.dtype}) must be a real floating-point type: the thin form has no other")
+    check_groups(groups)
+    check_map_size(map_size)
+    if basis.shape[0] * basis.shape[1] % groups != 0:
+        raise ValueError(
+            f"basis has {basis.shape[0] * basis.shape[1]} 2-D kernels, which groups (={groups}) must divide"
+        )

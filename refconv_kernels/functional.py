@@ -16,9 +16,9 @@ from refconv_kernels import reference, thin
 from refconv_kernels.autocast import HALVES, autocast_dtype, cast, no_autocast
 from refconv_kernels.autograd import GroupedConv2d, RefConv2d, RefocusWeight, ThinRefConv2d, ThinRefocusWeight, apply
 from refconv_kernels.checks import (
+    check_basis,
     check_dims,
     check_groups,
-    check_map_size,
     check_padding,
     check_same,
     check_tensors,
@@ -115,16 +115,7 @@ def refocus_factor(basis: Tensor, groups: int, map_size: int = 3) -> Tensor:
         >>> refocus_factor(torch.randn(8, 1, 3, 3), groups=8).shape
         torch.Size([1, 9, 9])
     """
-    check_tensors(basis=basis)
-    check_dims("basis", basis, 4, "[C_out, C_in/g, K_h, K_w]")
-    if basis.is_complex():
-        raise TypeError(f"basis.dtype (={basis.dtype}) must be a real floating-point type: the thin form has no other")
-    check_groups(groups)
-    check_map_size(map_size)
-    if basis.shape[0] * basis.shape[1] % groups != 0:
-        raise ValueError(
-            f"basis has {basis.shape[0] * basis.shape[1]} 2-D kernels, which groups (={groups}) must divide"
-        )
+    check_basis(basis, groups, map_size)
     return thin.factor(basis, groups, map_size)
 
 

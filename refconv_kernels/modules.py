@@ -232,7 +232,7 @@ class RefConv2d(nn.Module):
             layer.transform.to_empty(device=conv.weight.device)
             layer._reset_transform()
         layer._folded_requires_grad = conv.weight.requires_grad
-        return _like(conv, layer)
+        return like(conv, layer)
 
     def fuse(self) -> nn.Conv2d:
         """A plain :class:`torch.nn.Conv2d` holding ``W_t``: the same function, attributes, layout and mode.
@@ -256,7 +256,7 @@ class RefConv2d(nn.Module):
             conv.weight = nn.Parameter(weight, requires_grad=self._folded_requires_grad)
             if self.bias is not None:
                 conv.bias = nn.Parameter(self.bias.clone(), requires_grad=self.bias.requires_grad)
-        return _like(self, conv)
+        return like(self, conv)
 
     # --- computation --------------------------------------------------------------------------------------
 
@@ -392,7 +392,7 @@ def _all_zero(tensor: Tensor) -> bool:
     return not tensor.is_meta and not bool(tensor.detach().count_nonzero())
 
 
-def _like(source: nn.Module, target: Any) -> Any:
+def like(source: nn.Module, target: Any) -> Any:
     """``target`` with the mode and the hooks of ``source``, the module whose place it takes."""
     target.training = source.training
     for module in target.children():

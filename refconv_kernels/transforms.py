@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from refconv_kernels import guard, thin
-from refconv_kernels.checks import check_map_size
-from refconv_kernels.functional import refocus_factor, refocus_weight, thin_refocus_weight
+from refconv_kernels.checks import check_basis, check_map_size
+from refconv_kernels.functional import refocus_weight, thin_refocus_weight
 
 __all__ = ["INITS", "RefocusingTransformation", "ThinRefocusingTransformation"]
 
@@ -110,31 +110,28 @@ class ThinRefocusingTransformation(nn.Module):
     ) -> None:
         super().__init__()
         _check_init(init)
-        factor = refocus_factor(basis, group_size, map_size)
+        check_basis(basis, group_size, map_size)
         self.group_size, self.map_size, self.init, self.identity = group_size, map_size, init, identity
-        self.weight = nn.Parameter(basis.new_empty(basis.shape[0] * basis.shape[1], factor.shape[1]))
-        self.register_buffer("factor", factor)
+        kernels, size = basis.shape[0] * basis.shape[1], basis.shape[2] * basis.shape[3]
+        rank = min(group_size * map_size**2, size)
+        self.weight = nn.Parameter(basis.new_empty(kernels, rank))
+        self.register_buffer("factor", basis.new_empty(kernels // group_size, rank, size))
         self.draw(basis)
         guard.watch(self)
 
-    def rebase(self, basis: Tensor) -> None:
-        """Take ``factor`` from a new basis of the same shape; ``weight`` stays."""
-        with torch.no_grad():
-            self.factor.copy_(refocus_factor(basis, self.group_size, self.map_size))
-
     def draw(self, basis: Tensor) -> None:
         """Draw ``E`` anew by ``init``, as the ``W_r`` of a layer with this basis; ``factor`` is taken from it too."""
-        self.rebase(basis)
         if self.weight.is_meta:
             return
+        rotation, factor = thin.decompose(basis, self.group_size, self.map_size)
         std = _initial_std(self.init, len(self.weight), self.group_size, self.map_size)
         with torch.no_grad():
+            self.factor.copy_(factor)
             if self.init == "xavier_normal":  # a rotation of independent Gaussians is independent Gaussians
                 self.weight.normal_(0, std)
             elif std == 0:
                 self.weight.zero_()
             else:
-                rotation, _ = thin.decompose(basis, self.group_size, self.map_size)
                 bound = math.sqrt(3) * std
                 self.weight.copy_(thin.project_uniform(bound, len(self.weight), rotation, self.weight.dtype))
 

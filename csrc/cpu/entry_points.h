@@ -1,5 +1,5 @@
-// The kernels of one instruction set: declared here, defined in grouped_*.cpp, depthwise_nhwc.cpp and refocus.cpp,
-// collected into a Kernels table by table.cpp. All are compiled once per instruction set.
+// The kernels of one instruction set: declared here, defined in grouped_*.cpp, depthwise_nhwc.cpp, refocus.cpp and
+// thin.cpp, collected into a Kernels table by table.cpp. All are compiled once per instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -36,6 +36,14 @@ template <typename T>
 void refocus_backward(const RefocusProblem& p, const T* grad_transformed, const T* basis, T* grad_refocus,
                       int64_t begin, int64_t end);
 
+template <typename S>
+void thin_forward(const ThinProblem& p, const S* basis, const S* coordinates, const S* factor, S* transformed,
+                  int64_t begin, int64_t end);
+
+template <typename S>
+void thin_backward(const ThinProblem& p, const S* grad_transformed, const S* factor, S* grad_coordinates, int64_t begin,
+                   int64_t end);
+
 #define REFCONV_INSTANTIATE_GROUPED_FORWARD(S) \
   template void grouped_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);
 
@@ -52,5 +60,9 @@ void refocus_backward(const RefocusProblem& p, const T* grad_transformed, const 
 #define REFCONV_INSTANTIATE_REFOCUS(T)                                                               \
   template void refocus_forward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t); \
   template void refocus_backward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t);
+
+#define REFCONV_INSTANTIATE_THIN(S)                                                                      \
+  template void thin_forward<S>(const ThinProblem&, const S*, const S*, const S*, S*, int64_t, int64_t); \
+  template void thin_backward<S>(const ThinProblem&, const S*, const S*, S*, int64_t, int64_t);
 
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -43,6 +43,15 @@ struct RefocusKernels {
                    int64_t end);
 };
 
+template <typename S>
+struct ThinKernels {
+  // Tasks: the 2-D kernels.
+  void (*forward)(const ThinProblem&, const S* basis, const S* coordinates, const S* factor, S* transformed,
+                  int64_t begin, int64_t end);
+  void (*backward)(const ThinProblem&, const S* grad_transformed, const S* factor, S* grad_coordinates, int64_t begin,
+                   int64_t end);
+};
+
 struct Kernels {
   GroupedKernels<float> grouped_f32;
   GroupedKernels<double> grouped_f64;
@@ -50,11 +59,17 @@ struct Kernels {
   GroupedKernels<Half> grouped_f16;
   RefocusKernels<float> refocus_f32;
   RefocusKernels<double> refocus_f64;
+  ThinKernels<float> thin_f32;
+  ThinKernels<double> thin_f64;
+  ThinKernels<BFloat16> thin_bf16;
+  ThinKernels<Half> thin_f16;
 
   template <typename S>
   const GroupedKernels<S>& grouped() const;
   template <typename T>
   const RefocusKernels<T>& refocus() const;
+  template <typename S>
+  const ThinKernels<S>& thin() const;
 };
 
 // clang-format off
@@ -64,6 +79,10 @@ template <> inline const GroupedKernels<BFloat16>& Kernels::grouped() const { re
 template <> inline const GroupedKernels<Half>& Kernels::grouped() const { return grouped_f16; }
 template <> inline const RefocusKernels<float>& Kernels::refocus() const { return refocus_f32; }
 template <> inline const RefocusKernels<double>& Kernels::refocus() const { return refocus_f64; }
+template <> inline const ThinKernels<float>& Kernels::thin() const { return thin_f32; }
+template <> inline const ThinKernels<double>& Kernels::thin() const { return thin_f64; }
+template <> inline const ThinKernels<BFloat16>& Kernels::thin() const { return thin_bf16; }
+template <> inline const ThinKernels<Half>& Kernels::thin() const { return thin_f16; }
 // clang-format on
 
 struct InstructionSet {

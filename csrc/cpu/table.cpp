@@ -13,11 +13,15 @@ constexpr GroupedKernels<S> kGrouped = {
 template <typename T>
 constexpr RefocusKernels<T> kRefocus = {refocus_forward<T>, refocus_backward<T>};
 
+template <typename S>
+constexpr ThinKernels<S> kThin = {thin_forward<S>, thin_backward<S>};
+
 }  // namespace
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    kGrouped<float>, kGrouped<double>, kGrouped<BFloat16>, kGrouped<Half>, kRefocus<float>, kRefocus<double>,
+    kGrouped<float>,  kGrouped<double>, kGrouped<BFloat16>, kGrouped<Half>,  kRefocus<float>,
+    kRefocus<double>, kThin<float>,     kThin<double>,      kThin<BFloat16>, kThin<Half>,
 };
 
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -67,6 +67,16 @@ def refocus_weight_slower(basis: Tensor, refocus: Tensor) -> str | None:
     return None
 
 
+def thin_refocus_weight_limits(basis: Tensor, coordinates: Tensor, factor: Tensor) -> str | None:
+    """Why the ``thin_refocus_weight`` kernel does not cover this problem; None when it does."""
+    return _limits(basis, "basis", _CONV_DTYPES)
+
+
+def thin_refocus_weight_slower(basis: Tensor, coordinates: Tensor, factor: Tensor) -> str | None:
+    """``"auto"`` always takes this kernel where it covers the problem."""
+    return None
+
+
 def grouped_conv2d_limits(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:
     """Why the ``grouped_conv2d`` kernel does not cover this problem; None when it does."""
     if groups == 1 and input.shape[-3] != 1:
@@ -99,3 +109,17 @@ def refconv2d_limits(input: Tensor, basis: Tensor, refocus: Tensor, groups: int,
 def refconv2d_slower(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, out_width: int) -> str | None:
     """Why ``"auto"`` takes the two steps one by one (``docs/performance.md``); None when it does not."""
     return refocus_weight_slower(basis, refocus) or grouped_conv2d_slower(input, basis, groups, out_width)
+
+
+def thin_refconv2d_limits(
+    input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, out_width: int
+) -> str | None:
+    """Why the ``thin_refconv2d`` kernel, both steps in one call, does not cover this problem; None when it does."""
+    return grouped_conv2d_limits(input, basis, groups, out_width)
+
+
+def thin_refconv2d_slower(
+    input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, out_width: int
+) -> str | None:
+    """Why ``"auto"`` takes the two steps one by one (``docs/performance.md``); None when it does not."""
+    return grouped_conv2d_slower(input, basis, groups, out_width)

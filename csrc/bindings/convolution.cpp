@@ -1,0 +1,157 @@
+// The feature-map convolution: tensors in, tensors out.
+#include <torch/headeronly/core/MemoryFormat.h>
+
+#include "operators.h"
+
+namespace refconv::bindings {
+namespace {
+
+// Independent parts of a sum over feature maps, where the tasks of a kernel are not the sums' owners.
+constexpr int64_t kSumChunks = 16;
+
+template <typename S>
+const refconv::cpu::GroupedKernels<S>& grouped_kernels(const GroupedProblem& p, bool nhwc) {
+  // What lies along a vector: channels, or columns of the output in both directions.
+  const int64_t width = nhwc ? p.channels : p.out_w;
+  return refconv::cpu::instruction_set_for_rows(width, sizeof(refconv::Compute<S>)).kernels.grouped<S>();
+}
+
+GroupedProblem grouped_problem(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                               const Ints& dilation) {
+  check_like(input, input, 4);
+  check_like(weight, input, 4);
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "stride, padding and dilation must have two elements");
+  GroupedProblem p{};
+  p.batch = input.size(0), p.channels = input.size(1), p.in_h = input.size(2), p.in_w = input.size(3);
+  p.kernel_h = weight.size(2), p.kernel_w = weight.size(3);
+  p.stride_h = stride[0], p.stride_w = stride[1];
+  p.pad_h = padding[0], p.pad_w = padding[1];
+  p.dilation_h = dilation[0], p.dilation_w = dilation[1];
+  p.per_group = weight.size(1);
+  STD_TORCH_CHECK(p.channels > 0 && p.per_group > 0 && p.channels % p.per_group == 0 && weight.size(0) > 0 &&
+                      weight.size(0) % p.groups() == 0,
+                  "weight must be [out_channels, channels / groups, kernel_h, kernel_w], groups a divisor of both");
+  STD_TORCH_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 &&
+                      p.dilation_w > 0 && p.pad_h >= 0 && p.pad_w >= 0,
+                  "kernel, stride and dilation must be positive, padding not negative");
+  p.multiplier = weight.size(0) / p.groups();
+  const int64_t span_h = p.in_h + 2 * p.pad_h - (p.kernel_h - 1) * p.dilation_h - 1;
+  const int64_t span_w = p.in_w + 2 * p.pad_w - (p.kernel_w - 1) * p.dilation_w - 1;
+  STD_TORCH_CHECK(span_h >= 0 && span_w >= 0, "the kernel must fit into the padded input");
+  p.out_h = span_h / p.stride_h + 1;
+  p.out_w = span_w / p.stride_w + 1;
+  return p;
+}
+
+// Whether a feature map is channels_last in memory and not NCHW as well, as PyTorch answers it.
+bool is_nhwc(const Tensor& t) {
+  int64_t step = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (t.size(dim) != 1 && t.stride(dim) != step) return false;
+    step *= t.size(dim);
+  }
+  return !t.is_contiguous();
+}
+
+// Whether a problem with channels_last feature maps (the input's or the weight's decides, as in PyTorch) has kernels of
+// that layout; others are copied to NCHW and back.
+bool has_nhwc(const GroupedProblem& p) { return p.multiplier == 1 && p.per_group == 1; }
+
+Tensor in_layout(const Tensor& t, bool nhwc) {
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::contiguous(t, nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// An uninitialised feature map [n, c, h, w] in that layout.
+Tensor feature_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool nhwc) {
+  if (!nhwc) return torch::stable::new_empty(like, {n, c, h, w});
+  return torch::stable::transpose(torch::stable::transpose(torch::stable::new_empty(like, {n, h, w, c}), 1, 3), 2, 3);
+}
+
+}  // namespace
+
+Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
+                      Ints padding, Ints dilation) {
+  const GroupedProblem p = grouped_problem(input, weight, stride, padding, dilation);
+  const bool channels_last = is_nhwc(input) || is_nhwc(weight), nhwc = channels_last && has_nhwc(p);
+  const Tensor x = in_layout(input, nhwc), w = torch::stable::contiguous(weight);
+  std::optional<Tensor> b;
+  if (bias.has_value()) {
+    check_like(*bias, input, 1);
+    STD_TORCH_CHECK(bias->size(0) == p.out_channels(), "bias must have one element per output channel");
+    b = torch::stable::contiguous(*bias);
+  }
+  const Tensor y = feature_map(input, p.batch, p.out_channels(), p.out_h, p.out_w, nhwc);
+  for_storage_dtype(input, [&](auto type) {
+    using S = typename decltype(type)::type;
+    const auto& kernels = grouped_kernels<S>(p, nhwc);
+    const auto kernel = nhwc ? kernels.nhwc_forward : kernels.forward;
+    const S *x_data = data<S>(x), *w_data = data<S>(w), *b_data = b.has_value() ? data<S>(*b) : nullptr;
+    S* y_data = mutable_data<S>(y);
+    const int64_t tasks = p.batch * (nhwc ? p.out_h : p.out_channels());
+    parallel(tasks, y.numel() / std::max<int64_t>(tasks, 1) * p.per_group * p.taps(),
+             [&](int64_t begin, int64_t end) { kernel(p, x_data, w_data, b_data, y_data, begin, end); });
+  });
+  return in_layout(y, channels_last);
+}
+
+namespace {
+
+// dx, dW and dbias on channels_last feature maps. Null where not wanted.
+template <typename S>
+void nhwc_backward(const GroupedProblem& p, const S* dy, const S* x, const S* w, S* dx, S* dw, S* db) {
+  const auto& kernels = grouped_kernels<S>(p, true);
+  const int64_t rows = p.batch * p.in_h, out_rows = p.batch * p.out_h, size = (p.taps() + 1) * p.channels;
+  // As many for any number of threads: the sums must not depend on it.
+  const int64_t chunks = std::min<int64_t>(rows, kSumChunks);
+  std::vector<double> totals(static_cast<size_t>(chunks * size));
+  parallel(chunks, 2 * rows / std::max<int64_t>(chunks, 1) * p.in_w * p.channels * p.taps(),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t chunk = begin; chunk < end; ++chunk) {
+               double* sums = totals.data() + chunk * size;
+               if (dx != nullptr || dw != nullptr) {
+                 kernels.nhwc_backward(p, dy, x, w, dx, sums, rows * chunk / chunks, rows * (chunk + 1) / chunks);
+               }
+               if (db != nullptr) {
+                 kernels.nhwc_bias(p, dy, sums + p.taps() * p.channels, out_rows * chunk / chunks,
+                                   out_rows * (chunk + 1) / chunks);
+               }
+             }
+           });
+  kernels.nhwc_reduce(p, totals.data(), chunks, dw, db);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward(const Tensor& grad_output, const Tensor& input,
+                                                           const Tensor& weight, Ints stride, Ints padding,
+                                                           Ints dilation, bool need_input, bool need_weight,
+                                                           bool need_bias) {
+  const GroupedProblem p = grouped_problem(input, weight, stride, padding, dilation);
+  check_like(grad_output, input, 4);
+  STD_TORCH_CHECK(grad_output.size(0) == p.batch && grad_output.size(1) == p.out_channels() &&
+                      grad_output.size(2) == p.out_h && grad_output.size(3) == p.out_w,
+                  "grad_output must have the shape of the output");
+  const bool channels_last = is_nhwc(input) || is_nhwc(weight), nhwc = channels_last && has_nhwc(p);
+  const Tensor dy = in_layout(grad_output, nhwc), x = in_layout(input, nhwc), w = torch::stable::contiguous(weight);
+  const Tensor grad_input =
+      need_input ? feature_map(x, p.batch, p.channels, p.in_h, p.in_w, nhwc) : torch::stable::new_empty(x, {0});
+  const Tensor grad_weight = torch::stable::new_empty(w, need_weight ? sizes_of(w) : Ints{0});
+  const Tensor grad_bias = torch::stable::new_empty(w, {need_bias ? p.out_channels() : 0});
+  for_storage_dtype(input, [&](auto type) {
+    using S = typename decltype(type)::type;
+    const S *dy_data = data<S>(dy), *x_data = data<S>(x), *w_data = data<S>(w);
+    S* dx = need_input ? mutable_data<S>(grad_input) : nullptr;
+    S* dw = need_weight ? mutable_data<S>(grad_weight) : nullptr;
+    S* db = need_bias ? mutable_data<S>(grad_bias) : nullptr;
+    if (nhwc) return nhwc_backward<S>(p, dy_data, x_data, w_data, dx, dw, db);
+    const auto kernel = grouped_kernels<S>(p, false).backward;
+    const int64_t work = 2 * p.batch * p.multiplier * p.out_size() * p.taps();
+    parallel(p.channels, work,
+             [&](int64_t begin, int64_t end) { kernel(p, dy_data, x_data, w_data, dx, dw, db, begin, end); });
+  });
+  return {need_input ? in_layout(grad_input, channels_last) : grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace refconv::bindings

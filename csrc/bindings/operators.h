@@ -1,0 +1,31 @@
+// The operators: tensors in, tensors out, over torch's stable ABI.
+//
+// Schemas and fake kernels are in refconv_kernels/schemas.py, one for all backends; these files implement them
+// for the CPU. Callers have validated shapes with messages for people; the checks here only keep a wrong
+// call from touching memory that is not its own.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "tensors.h"
+
+namespace refconv::bindings {
+
+// convolution.cpp
+Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
+                      Ints padding, Ints dilation);
+// dx, dW and dbias; what is not wanted comes back as an empty tensor.
+std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward(const Tensor& grad_output, const Tensor& input,
+                                                           const Tensor& weight, Ints stride, Ints padding,
+                                                           Ints dilation, bool need_input, bool need_weight,
+                                                           bool need_bias);
+
+// weights.cpp
+Tensor refocus_weight(const Tensor& basis, const Tensor& refocus, bool identity);
+Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& basis, int64_t group_size,
+                               int64_t map_size);
+Tensor thin_refocus_weight(const Tensor& basis, const Tensor& coordinates, const Tensor& factor, bool identity);
+Tensor thin_refocus_weight_backward(const Tensor& grad_transformed, const Tensor& factor);
+
+}  // namespace refconv::bindings

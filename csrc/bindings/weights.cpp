@@ -1,0 +1,118 @@
+// Transformed weights, in the full and in the thin form: tensors in, tensors out.
+#include "operators.h"
+
+namespace refconv::bindings {
+namespace {
+
+template <typename T>
+const refconv::cpu::RefocusKernels<T>& refocus_kernels() {
+  return refconv::cpu::instruction_set().kernels.refocus<T>();
+}
+
+RefocusProblem refocus_problem(const Tensor& basis, int64_t group_size, int64_t map_size, bool identity) {
+  check_like(basis, basis, 4);
+  RefocusProblem p{};
+  p.kernels = basis.size(0) * basis.size(1);
+  p.group_size = group_size;
+  p.kernel_h = basis.size(2), p.kernel_w = basis.size(3);
+  p.map_size = map_size;
+  p.identity = identity;
+  STD_TORCH_CHECK(group_size > 0 && p.kernels % group_size == 0 && map_size > 0 && map_size % 2 == 1,
+                  "group_size must divide the number of 2-D kernels and map_size must be odd");
+  return p;
+}
+
+}  // namespace
+
+Tensor refocus_weight(const Tensor& basis, const Tensor& refocus, bool identity) {
+  check_like(refocus, basis, 4);
+  const RefocusProblem p = refocus_problem(basis, refocus.size(1), refocus.size(2), identity);
+  STD_TORCH_CHECK(refocus.size(0) == p.kernels && refocus.size(3) == p.map_size,
+                  "refocus must be [kernels, group_size, map_size, map_size]");
+  const Tensor b = torch::stable::contiguous(basis);
+  const Tensor r = torch::stable::contiguous(refocus);
+  const Tensor transformed = torch::stable::new_empty(b, sizes_of(b));
+  for_dtype(basis, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto kernel = refocus_kernels<T>().forward;
+    const T* b_data = data<T>(b);
+    const T* r_data = data<T>(r);
+    T* t_data = mutable_data<T>(transformed);
+    parallel(p.kernels, p.row_length() * p.kernel_size(),
+             [&](int64_t begin, int64_t end) { kernel(p, b_data, r_data, t_data, begin, end); });
+  });
+  return transformed;
+}
+
+Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& basis, int64_t group_size,
+                               int64_t map_size) {
+  check_like(grad_transformed, basis, 4);
+  const RefocusProblem p = refocus_problem(basis, group_size, map_size, false);
+  STD_TORCH_CHECK(grad_transformed.numel() == basis.numel(), "grad_transformed must have the shape of basis");
+  const Tensor g = torch::stable::contiguous(grad_transformed);
+  const Tensor b = torch::stable::contiguous(basis);
+  const Tensor grad_refocus = torch::stable::new_empty(b, {p.kernels, group_size, map_size, map_size});
+  for_dtype(basis, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto kernel = refocus_kernels<T>().backward;
+    const T* g_data = data<T>(g);
+    const T* b_data = data<T>(b);
+    T* r_data = mutable_data<T>(grad_refocus);
+    parallel(p.kernels, p.row_length() * p.kernel_size(),
+             [&](int64_t begin, int64_t end) { kernel(p, g_data, b_data, r_data, begin, end); });
+  });
+  return grad_refocus;
+}
+
+namespace {
+
+ThinProblem thin_problem(const Tensor& weight, const Tensor& factor, bool identity) {
+  check_like(weight, weight, 4);
+  check_like(factor, weight, 3);
+  ThinProblem p{};
+  p.kernels = weight.size(0) * weight.size(1);
+  p.rank = factor.size(1), p.kernel_size = factor.size(2);
+  p.identity = identity;
+  STD_TORCH_CHECK(
+      factor.size(0) > 0 && p.kernels % factor.size(0) == 0 && p.kernel_size == weight.size(2) * weight.size(3),
+      "factor must be [groups, rank, kernel_h * kernel_w], groups a divisor of the number of 2-D kernels");
+  p.group_size = p.kernels / factor.size(0);
+  return p;
+}
+
+}  // namespace
+
+Tensor thin_refocus_weight(const Tensor& basis, const Tensor& coordinates, const Tensor& factor, bool identity) {
+  const ThinProblem p = thin_problem(basis, factor, identity);
+  check_like(coordinates, basis, 2);
+  STD_TORCH_CHECK(coordinates.size(0) == p.kernels && coordinates.size(1) == p.rank,
+                  "coordinates must be [kernels, rank]");
+  const Tensor b = torch::stable::contiguous(basis), e = torch::stable::contiguous(coordinates);
+  const Tensor f = torch::stable::contiguous(factor), transformed = torch::stable::new_empty(b, sizes_of(b));
+  for_storage_dtype(basis, [&](auto type) {
+    using S = typename decltype(type)::type;
+    const auto kernel = cpu::instruction_set().kernels.thin<S>().forward;
+    const S *b_data = data<S>(b), *e_data = data<S>(e), *f_data = data<S>(f);
+    S* t_data = mutable_data<S>(transformed);
+    parallel(p.kernels, p.rank * p.kernel_size,
+             [&](int64_t begin, int64_t end) { kernel(p, b_data, e_data, f_data, t_data, begin, end); });
+  });
+  return transformed;
+}
+
+Tensor thin_refocus_weight_backward(const Tensor& grad_transformed, const Tensor& factor) {
+  const ThinProblem p = thin_problem(grad_transformed, factor, false);
+  const Tensor g = torch::stable::contiguous(grad_transformed), f = torch::stable::contiguous(factor);
+  const Tensor grad_coordinates = torch::stable::new_empty(g, {p.kernels, p.rank});
+  for_storage_dtype(g, [&](auto type) {
+    using S = typename decltype(type)::type;
+    const auto kernel = cpu::instruction_set().kernels.thin<S>().backward;
+    const S *g_data = data<S>(g), *f_data = data<S>(f);
+    S* e_data = mutable_data<S>(grad_coordinates);
+    parallel(p.kernels, p.rank * p.kernel_size,
+             [&](int64_t begin, int64_t end) { kernel(p, g_data, f_data, e_data, begin, end); });
+  });
+  return grad_coordinates;
+}
+
+}  // namespace refconv::bindings
