@@ -162,22 +162,23 @@ def _same(stored: Tensor, factor: Tensor) -> bool:
 
 
 def _thin_checkpoint(state: Mapping[str, Any]) -> dict[str, Any]:
-    result = _copy(state)
+    new: dict[str, dict[str, Any]] = {}
     for prefix, (basis_name, weight_name) in _layers(state):
         basis, refocus = state[prefix + basis_name], state[prefix + weight_name]
         group_size, map_size = refocus.shape[1:3] if refocus.dim() == 4 else (0, 0)
         if not thin.is_smaller(group_size, map_size, basis.shape[2] * basis.shape[3]):
             continue
         rotation, factor = thin.decompose(basis, group_size, map_size)
-        del result[prefix + basis_name], result[prefix + weight_name]
-        result[f"{prefix}basis_weight"] = basis
-        result[f"{prefix}transform.weight"] = thin.project(refocus, rotation)
-        result[f"{prefix}transform.factor"] = factor.to(basis)
-    return result
+        new[prefix + basis_name] = {f"{prefix}basis_weight": basis}
+        new[prefix + weight_name] = {
+            f"{prefix}transform.weight": thin.project(refocus, rotation),
+            f"{prefix}transform.factor": factor.to(basis),
+        }
+    return _with(state, new)
 
 
 def _full_checkpoint(state: Mapping[str, Any]) -> dict[str, Any]:
-    result = _copy(state)
+    new: dict[str, dict[str, Any]] = {}
     for prefix, (basis_name, weight_name) in _layers(state):
         stored, basis = state.get(f"{prefix}transform.factor"), state[prefix + basis_name]
         if stored is None:
@@ -187,12 +188,12 @@ def _full_checkpoint(state: Mapping[str, Any]) -> dict[str, Any]:
         for map_size in range(1, min(basis.shape[2:]) + 1, 2):
             rotation, factor = thin.decompose(basis, group_size, map_size)
             if _same(stored, factor):
-                result[prefix + weight_name] = thin.lift(coordinates, rotation, map_size)
-                del result[f"{prefix}transform.factor"]
+                new[prefix + weight_name] = {prefix + weight_name: thin.lift(coordinates, rotation, map_size)}
+                new[f"{prefix}transform.factor"] = {}
                 break
         else:
             raise ValueError(f"{prefix}transform.factor is not the factor of {prefix}basis_weight")
-    return result
+    return _with(state, new)
 
 
 def _layers(state: Mapping[str, Any]) -> list[tuple[str, tuple[str, str]]]:
@@ -208,8 +209,11 @@ def _layers(state: Mapping[str, Any]) -> list[tuple[str, tuple[str, str]]]:
     return found
 
 
-def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
-    result: Any = OrderedDict(state)
+def _with(state: Mapping[str, Any], new: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A copy in which the entries named in ``new`` have others in their place."""
+    result: Any = OrderedDict()
+    for key, value in state.items():
+        result.update(new.get(key, {key: value}))
     if hasattr(state, "_metadata"):
         result._metadata = copy.copy(state._metadata)
     return result

@@ -9,6 +9,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -19,6 +20,7 @@ using refconv::BFloat16;
 using refconv::GroupedProblem;
 using refconv::Half;
 using refconv::RefocusProblem;
+using refconv::ThinProblem;
 
 int failures = 0;
 int checks = 0;
@@ -274,6 +276,33 @@ void test_refocus(const refconv::cpu::RefocusKernels<T>& kernels, const std::str
   expect_close("dW_r " + name, grad_refocus.get(), want_r, size);
 }
 
+template <typename T>
+void test_thin(const refconv::cpu::ThinKernels<T>& kernels, const std::string& isa, const ThinProblem& p) {
+  const int64_t size = p.kernel_size, rank = p.rank, groups = p.kernels / p.group_size;
+  const Buffer<T> basis = random_buffer<T>(p.kernels * size), grad = random_buffer<T>(p.kernels * size);
+  const Buffer<T> coordinates = random_buffer<T>(p.kernels * rank), factor = random_buffer<T>(groups * rank * size);
+  std::vector<double> want_t(p.kernels * size), want_e(p.kernels * rank);
+  for (int64_t n = 0; n < p.kernels; ++n)
+    for (int64_t s = 0; s < size; ++s) {
+      if (p.identity) want_t[n * size + s] += value(basis[n * size + s]);
+      for (int64_t i = 0; i < rank; ++i) {
+        const double r = value(factor[(n / p.group_size * rank + i) * size + s]);
+        want_t[n * size + s] += value(coordinates[n * rank + i]) * r;
+        want_e[n * rank + i] += value(grad[n * size + s]) * r;
+      }
+    }
+  const std::string name = isa + Element<T>::name + " thin N" + std::to_string(p.kernels) + " g" +
+                           std::to_string(p.group_size) + " " + std::to_string(rank) + "x" + std::to_string(size);
+  const int64_t cut = p.kernels / 3;
+  Buffer<T> transformed = poisoned_buffer<T>(p.kernels * size), grad_e = poisoned_buffer<T>(p.kernels * rank);
+  for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, cut}, {cut, p.kernels}}) {
+    kernels.forward(p, basis.get(), coordinates.get(), factor.get(), transformed.get(), begin, end);
+    kernels.backward(p, grad.get(), factor.get(), grad_e.get(), begin, end);
+  }
+  expect_close("W_t " + name, transformed.get(), want_t, rank);
+  expect_close("dE " + name, grad_e.get(), want_e, size);
+}
+
 GroupedProblem depthwise(int64_t channels, int64_t multiplier, int64_t in_h, int64_t in_w, int64_t kernel_h,
                          int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
                          int64_t dilation_h, int64_t dilation_w) {
@@ -368,6 +397,20 @@ void test_refocus_all(const refconv::cpu::InstructionSet& set) {
   }
 }
 
+template <typename T>
+void test_thin_all(const refconv::cpu::InstructionSet& set) {
+  const auto& kernels = set.kernels.thin<T>();
+  for (const bool identity : {true, false}) {
+    // Kernel sizes straddle one and several vectors, kernel counts the blocks of rows and the groups.
+    for (const int64_t size : {1, 3, 4, 7, 8, 9, 15, 16, 17, 25, 33, 49, 65}) {
+      for (const int64_t group : {1, 2, 5, 7, 13}) {
+        test_thin(kernels, set.name, ThinProblem{3 * group, group, size, size, identity});
+        test_thin(kernels, set.name, ThinProblem{group, group, 9, size, identity});
+      }
+    }
+  }
+}
+
 // Outputs large enough to be written around the cache.
 void test_large(const refconv::cpu::InstructionSet& set) {
   const auto& kernels = set.kernels.grouped<float>();
@@ -391,6 +434,10 @@ int main() {
     test_nhwc_all<Half>(*set);
     test_refocus_all<float>(*set);
     test_refocus_all<double>(*set);
+    test_thin_all<float>(*set);
+    test_thin_all<double>(*set);
+    test_thin_all<BFloat16>(*set);
+    test_thin_all<Half>(*set);
     test_large(*set);
     std::printf("%s: done\n", set->name);
   }
