@@ -9,6 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from refconv_kernels.functional import refocus_factor
+
 
 @dataclass(frozen=True)
 class Case:
@@ -57,6 +59,12 @@ class Case:
         kernels = basis.shape[0] * basis.shape[1]
         refocus = torch.randn(kernels, self.groups, self.map_size, self.map_size, dtype=dtype)
         return basis, refocus, torch.randn(self.out_channels, dtype=dtype) if self.bias else None
+
+    def thin_tensors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Basis, coordinates, factor, bias."""
+        basis, _, bias = self.tensors(dtype)
+        factor = refocus_factor(basis, self.groups, self.map_size)
+        return basis, torch.randn(basis.shape[0] * basis.shape[1], factor.shape[1], dtype=dtype), factor, bias
 
 
 DEPTHWISE = [

@@ -19,12 +19,16 @@ def functions(case: Case) -> list[tuple[Callable[..., Tensor], tuple[Tensor, ...
     x, (basis, refocus, bias) = case.input(), case.tensors()
     options = {k: v for k, v in case.options.items() if k != "bias"}
     leaves = [t.requires_grad_() for t in (x, basis, refocus, bias)]
+    thin = tuple(t.requires_grad_() for t in case.thin_tensors())
     return [
         (functional.refocus_weight, (basis, refocus)),
         (lambda b, r: functional.refocus_weight(b, r, identity=False), (basis, refocus)),
         (lambda x, w, b: functional.conv2d(x, w, b, **options), (leaves[0], basis, bias)),
         (lambda x, w: functional.conv2d(x, w, **options), (leaves[0], basis)),
         (lambda *a: functional.refconv2d(*a, **options), tuple(leaves)),
+        (functional.thin_refocus_weight, thin[:3]),
+        (lambda *a: functional.thin_refconv2d(*a, **options), (leaves[0], *thin)),
+        (lambda x, *a: functional.thin_refconv2d(x, basis, *a, **options, identity=False), (leaves[0], *thin[1:])),
     ]
 
 
@@ -62,9 +66,11 @@ def test_full_gradcheck_of_one_small_layer(backend: str) -> None:
         assert gradgradcheck(call, (x, *values))
 
 
+@pytest.mark.filterwarnings("ignore:form='thin' with basis='trainable'")
 @pytest.mark.parametrize("basis", ["frozen", "trainable"])
-def test_which_parameters_get_gradients(basis: str, backend: str) -> None:
-    layer = RefConv2d(4, 4, 3, groups=4, basis=basis)
+@pytest.mark.parametrize("form", ["full", "thin"])
+def test_which_parameters_get_gradients(form: str, basis: str, backend: str) -> None:
+    layer = RefConv2d(4, 4, 3, groups=4, basis=basis, form=form)
     with use_backend(backend):
         layer(torch.randn(1, 4, 5, 5)).sum().backward()
     assert (layer.basis_weight.grad is not None) == (basis == "trainable")
@@ -72,8 +78,9 @@ def test_which_parameters_get_gradients(basis: str, backend: str) -> None:
     assert layer.bias.grad is not None
 
 
-def test_func_grad_and_jacobians(backend: str) -> None:
-    layer = RefConv2d(3, 3, 3, padding=1, groups=3).double()
+@pytest.mark.parametrize("form", ["full", "thin"])
+def test_func_grad_and_jacobians(form: str, backend: str) -> None:
+    layer = RefConv2d(3, 3, 3, padding=1, groups=3, form=form).double()
     params = {k: v.detach() for k, v in layer.named_parameters()}
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
 
@@ -114,8 +121,23 @@ def test_vmap_over_inputs_and_weights(backend: str) -> None:
         torch.testing.assert_close(torch.vmap(call, (0, None, None))(xs, bases[0], refocus[0])[0], want[0])
 
 
-def test_backward_twice_needs_retain_graph(backend: str) -> None:
-    layer = RefConv2d(4, 4, 3, groups=4)
+def test_vmap_over_the_thin_form(backend: str) -> None:
+    xs, bases, coordinates = torch.randn(3, 2, 4, 5, 5), torch.randn(3, 4, 1, 3, 3), torch.randn(3, 4, 9)
+    factors = torch.stack([functional.refocus_factor(basis, 4) for basis in bases])
+    call = lambda x, b, e, r: functional.thin_refconv2d(x, b, e, r, padding=1, groups=4)  # noqa: E731
+    grad = torch.func.grad(lambda e, x, b, r: call(x, b, e, r).square().sum())
+    with use_backend(backend):
+        got = torch.vmap(call)(xs, bases, coordinates, factors)
+        want = torch.stack([call(*args) for args in zip(xs, bases, coordinates, factors, strict=True)])
+        torch.testing.assert_close(got, want)
+        got = torch.vmap(grad)(coordinates, xs, bases, factors)
+        want = torch.stack([grad(*args) for args in zip(coordinates, xs, bases, factors, strict=True)])
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("form", ["full", "thin"])
+def test_backward_twice_needs_retain_graph(form: str, backend: str) -> None:
+    layer = RefConv2d(4, 4, 3, groups=4, form=form)
     with use_backend(backend):
         y = layer(torch.randn(1, 4, 5, 5)).sum()
     y.backward()
@@ -124,8 +146,9 @@ def test_backward_twice_needs_retain_graph(backend: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant: bool, backend: str) -> None:
-    layer = RefConv2d(4, 4, 3, padding=1, groups=4)
+@pytest.mark.parametrize("form", ["full", "thin"])
+def test_activation_checkpointing(form: str, reentrant: bool, backend: str) -> None:
+    layer = RefConv2d(4, 4, 3, padding=1, groups=4, form=form)
     x = torch.randn(2, 4, 6, 6, requires_grad=True)
     with use_backend(backend):
         want = torch.autograd.grad(layer(x).square().sum(), [x, layer.transform.weight, layer.bias])

@@ -7,15 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from refconv_kernels import refocus
 
 
-def network() -> nn.Module:
+def plain() -> nn.Module:
     torch.manual_seed(0)
-    return refocus(
-        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
-    ).double()
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)
+    return nn.Sequential(*layers).double()
+
+
+def network(form: str) -> nn.Module:
+    model = plain()
+    return model if form == "plain" else refocus(model, form=form)
 
 
 def images() -> torch.Tensor:
@@ -30,24 +35,46 @@ def train(model: nn.Module, x: torch.Tensor) -> None:
         optimizer.step()
 
 
-def worker(rank: int, folder: str) -> None:
+def counted(sent, bucket):  # type: ignore[no-untyped-def]  # DDP wants its own annotations or none
+    """Averages gradients as DDP does, and counts their bytes."""
+    sent.append(bucket.buffer().nbytes)
+    return default_hooks.allreduce_hook(None, bucket)
+
+
+def worker(rank: int, folder: str, form: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = nn.parallel.DistributedDataParallel(network())  # find_unused_parameters is off: all must be used
+    model = nn.parallel.DistributedDataParallel(network(form))  # find_unused_parameters is off: all must be used
+    sent: list[int] = []
+    model.register_comm_hook(sent, counted)
     train(model, images()[2 * rank : 2 * rank + 2])
-    torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+    torch.save((model.module.state_dict(), sum(sent)), f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without distributed")
-def test_ddp(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    model = network()
+def spawn(folder: Path, form: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
+    """State after training of both processes, and bytes of gradients that the first exchanged."""
+    torch.multiprocessing.spawn(worker, (str(folder), form), nprocs=2)
+    (first, sent), (second, _) = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    return first, second, sent
+
+
+needs_distributed = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="PyTorch was built without distributed"
+)
+
+
+@needs_distributed
+@pytest.mark.parametrize("form", ["full", "thin"])
+def test_ddp(form: str, tmp_path: Path) -> None:
+    first, second, sent = spawn(tmp_path, form)
+    model = network(form)
     start = {k: v.clone() for k, v in model.state_dict().items()}
     train(model, images())
     for name, value in model.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value)
-        assert torch.equal(value, start[name]) == ("basis_weight" in name), name
+        assert torch.equal(value, start[name]) == name.endswith(("basis_weight", "factor")), name
+    if form == "thin":  # as many bytes of gradients as the plain network
+        assert sent == spawn(tmp_path, "plain")[2] == 3 * 8 * sum(p.numel() for p in plain().parameters())

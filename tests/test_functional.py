@@ -194,3 +194,101 @@ def test_bad_pairs_are_named_where_both_steps_are_one_call(stride: tuple[object,
     x, basis, refocus = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3), torch.zeros(8, 8, 3, 3)
     with pytest.raises(ValueError, match=r"stride \(=\(.*, 1\)\) must be an int of at least 1, or two of them"):
         functional.refconv2d(x, basis, refocus, stride=stride, padding=(1, 1), dilation=(1, 1), groups=8)
+
+
+# --- the thin form ------------------------------------------------------------------------------------------
+
+
+def thin_problem(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    basis = torch.randn(16, 1, 3, 3).to(dtype)
+    return {
+        "basis": basis,
+        "coordinates": torch.randn(16, 9).to(dtype),
+        "factor": functional.refocus_factor(basis, 16),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_thin_halves_are_combined_in_float32_and_rounded_once(dtype: torch.dtype, backend: str) -> None:
+    problem = thin_problem(dtype)
+    with use_backend(backend):
+        got = functional.thin_refocus_weight(**problem)
+        want = functional.thin_refocus_weight(**{name: t.float() for name, t in problem.items()})
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_autocast_computes_the_thin_form_in_float32() -> None:
+    problem, x = thin_problem(), torch.randn(2, 16, 6, 6)
+    problem["coordinates"].requires_grad_()
+    want = functional.thin_refocus_weight(**problem)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(functional.thin_refocus_weight(**problem), want)
+        y = functional.thin_refconv2d(x, **problem, groups=16)
+        plain = F.conv2d(x, want, groups=16)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, plain)
+    y.float().sum().backward()
+    assert problem["coordinates"].grad.dtype == torch.float32
+
+
+def test_thin_weight_keeps_the_memory_format(backend: str) -> None:
+    basis = torch.randn(8, 4, 5, 3).to(memory_format=torch.channels_last)
+    factor = functional.refocus_factor(basis, 2)
+    with use_backend(backend):
+        got = functional.thin_refocus_weight(basis, torch.randn(32, 15), factor)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_complex_takes_the_reference_path_in_the_thin_form() -> None:
+    problem = {name: t.to(torch.complex64) for name, t in thin_problem().items()}
+    want = problem["basis"] + (problem["coordinates"] @ problem["factor"][0]).view(16, 1, 3, 3)
+    torch.testing.assert_close(functional.thin_refocus_weight(**problem), want)
+    with pytest.raises(TypeError, match=r"basis.dtype \(=torch.complex64\) must be a real floating-point type"):
+        functional.refocus_factor(problem["basis"], 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"coordinates": None}, TypeError, r"coordinates \(=None\) must be a torch.Tensor"),
+        ({"basis": torch.randn(16, 3, 3)}, ValueError, r"basis.shape \(=\(16, 3, 3\)\) must be \[C_out"),
+        ({"coordinates": torch.randn(16, 9, 1)}, ValueError, r"coordinates.shape \(=.*\) must be \[N, r\]"),
+        ({"factor": torch.randn(9, 9)}, ValueError, r"factor.shape \(=\(9, 9\)\) must be \[N/g, r, K_h \* K_w\]"),
+        ({"coordinates": torch.randn(15, 9)}, ValueError, r"coordinates.shape\[0\] \(=15\) must be .* 16 \* 1 = 16"),
+        ({"coordinates": torch.randn(16, 8)}, ValueError, r"factor.shape\[1:\] \(=\(9, 9\)\) must be .* = \(8, 9\)"),
+        ({"factor": torch.randn(1, 9, 8)}, ValueError, r"factor.shape\[1:\] \(=\(9, 8\)\) must be .* = \(9, 9\)"),
+        ({"factor": torch.randn(3, 9, 9)}, ValueError, r"factor.shape\[0\] \(=3\) must divide .* \(=16\)"),
+        ({"factor": torch.randn(0, 9, 9)}, ValueError, r"factor.shape\[0\] \(=0\) must divide"),
+        ({"coordinates": torch.randn(16, 9).double()}, TypeError, r"coordinates.dtype \(=torch.float64\) must be"),
+        ({"factor": torch.randn(1, 9, 9).double()}, TypeError, r"factor.dtype \(=torch.float64\) must be the dtype of"),
+        ({"factor": torch.randn(1, 9, 9, device="meta")}, ValueError, r"factor.device \(=meta\) must be the device"),
+    ],
+)
+def test_thin_refocus_weight_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {**thin_problem(), **changes}
+    with pytest.raises(error, match=message):
+        functional.thin_refocus_weight(**arguments)
+    with pytest.raises(error):
+        functional.thin_refconv2d(torch.randn(1, 16, 5, 5), **arguments, groups=16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.randn(6, 1, 3, 3), 4), ValueError, r"basis has 6 2-D kernels, which groups \(=4\) must divide"),
+        ((torch.randn(6, 1, 3, 3), 0), ValueError, r"groups \(=0\) must be a positive int"),
+        ((torch.randn(6, 1, 3, 3), 6, 2), ValueError, r"map_size \(=2\) must be a positive odd int"),
+        ((torch.randn(6, 3, 3), 6), ValueError, r"basis.shape \(=\(6, 3, 3\)\) must be"),
+        (("basis", 6), TypeError, r"basis \(='basis'\) must be a torch.Tensor"),
+    ],
+)
+def test_refocus_factor_errors(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        functional.refocus_factor(*arguments)
+
+
+def test_groups_must_match_the_factor() -> None:
+    message = r"factor.shape\[0\] \(=1\) must be the number of 2-D kernels / groups, 16 / 8"
+    with pytest.raises(ValueError, match=message):
+        functional.thin_refconv2d(torch.randn(1, 8, 5, 5), **thin_problem(), groups=8)

@@ -28,15 +28,15 @@ KERNEL_DTYPES = [torch.float32, torch.float64]
 def run(
     case: Case, tensors: list[Tensor | None], layout: torch.memory_format = torch.contiguous_format
 ) -> list[Tensor]:
-    """Output and all gradients of ``refconv2d``, for a fixed cotangent."""
+    """Output and all gradients of ``refconv2d``, or of ``thin_refconv2d`` for one tensor more, for a fixed cotangent."""
     leaves = [t.detach().clone(memory_format=torch.preserve_format) if t is not None else None for t in tensors]
     leaves[0] = leaves[0].contiguous(memory_format=layout)
     for leaf in leaves:
         if leaf is not None:
             leaf.requires_grad_()
-    x, basis, refocus, bias = leaves
     options = {k: v for k, v in case.options.items() if k != "bias"}
-    y = functional.refconv2d(x, basis, refocus, bias, **options)
+    function = functional.refconv2d if len(leaves) == 4 else functional.thin_refconv2d
+    y = function(*leaves, **options)
     ramp = torch.linspace(-1, 1, max(1, y.numel()), dtype=torch.float64, device=y.device)[: y.numel()].view(y.shape)
     grads = torch.autograd.grad(y, [t for t in leaves if t is not None], ramp.to(y.dtype))
     return [y.detach(), *grads]
@@ -57,8 +57,10 @@ def check(
     dtype: torch.dtype,
     layout: torch.memory_format = torch.contiguous_format,
     device: str = "cpu",
+    form: str = "full",
 ) -> None:
-    tensors = [t.to(device, dtype) if t is not None else None for t in (case.input(), *case.tensors())]
+    weights = case.tensors() if form == "full" else case.thin_tensors()
+    tensors = [t.to(device, dtype) if t is not None else None for t in (case.input(), *weights)]
     with use_backend("reference"):
         want = run(case, [t.double() if t is not None else None for t in tensors])
         formula = run(case, tensors, layout)
@@ -88,6 +90,21 @@ def test_auto_against_float64(case: Case, dtype: torch.dtype, layout: torch.memo
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_each_backend_against_float64(case: Case, dtype: torch.dtype, backend: str) -> None:
     check(case, backend, dtype)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_thin_form_against_float64(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    for backend in BACKENDS:
+        check(case, backend, dtype, layout, form="thin")
+
+
+@given(case=cases(wide=True), dtype=st.sampled_from(DTYPES))
+def test_any_thin_problem(case: Case, dtype: torch.dtype) -> None:
+    for backend in BACKENDS:
+        check(case, backend, dtype, form="thin")
 
 
 @settings(max_examples=300)
@@ -140,6 +157,7 @@ def test_every_instruction_set(case: Case) -> None:
         cpu.native.set_instruction_set(name)
         assert cpu.native.instruction_set() == name
         check(case, "cpu", torch.float32)
+        check(case, "cpu", torch.float32, form="thin")
         if case.in_channels == case.out_channels == case.groups:
             check(case, "cpu", torch.float32, torch.channels_last)
 
@@ -183,13 +201,14 @@ def test_build_info() -> None:
 @needs_native
 @pytest.mark.parametrize("case", [Case("many_planes", 23, 23, (3, 3), 23, batch=5), *DEPTHWISE[:3]], ids=str)
 def test_results_do_not_depend_on_threads(case: Case) -> None:
-    case_tensors = [case.input(torch.float32), *case.tensors(torch.float32)]
+    x = case.input(torch.float32)
+    full, thin = case.tensors(torch.float32), case.thin_tensors(torch.float32)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             with use_backend("cpu"):
-                results.append(run(case, case_tensors))
+                results.append(run(case, [x, *full]) + run(case, [x, *thin]))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -221,7 +240,16 @@ def _samples(name: str, case: Case) -> tuple[object, ...]:
         return x, basis, bias, *geometry
     if name == "refconv2d":
         return x, basis, refocus, bias, True, *geometry
+    _, coordinates, factor, _ = case.thin_tensors(torch.float32)
+    if name == "thin_refocus_weight":
+        return basis, coordinates, factor, True
+    if name == "thin_refocus_weight_backward":
+        return torch.randn_like(basis), factor
+    if name == "thin_refconv2d":
+        return x, basis, coordinates, factor, bias, True, *geometry
     grad = torch.randn_like(reference.conv2d(x, basis, bias, *geometry, case.groups))
+    if name == "thin_refconv2d_backward":
+        return grad, x, basis, coordinates, factor, False, *geometry, True, case.bias, True, False
     if name == "refconv2d_backward":
         sizes = (case.groups, case.map_size)
         return grad, x, torch.randn_like(basis), basis, *sizes, *geometry, True, False, True, case.bias
@@ -232,11 +260,12 @@ def _samples(name: str, case: Case) -> tuple[object, ...]:
 @pytest.mark.parametrize("name", list(SCHEMAS))
 @pytest.mark.parametrize("case", [c for c in SMALL if not isinstance(c.padding, str)], ids=str)
 def test_opcheck(name: str, case: Case) -> None:
-    if not name.startswith("refocus") and "depthwise" not in case.name:
+    weights_only = name.removeprefix("thin_").startswith("refocus")
+    if not weights_only and "depthwise" not in case.name:
         case = SMALL[0]
     op, samples = getattr(torch.ops.refconv_cpu, name).default, _samples(name, case)
     torch.library.opcheck(op, samples)
-    if not name.startswith("refocus"):  # the layout of outputs follows the input's
+    if not weights_only:  # the layout of outputs follows the input's
         torch.library.opcheck(op, tuple(_channels_last(a) for a in samples))
 
 
@@ -273,6 +302,14 @@ def _channels_last(argument: object) -> object:
         ("refocus_weight", {1: torch.randn(6, 6, 2, 2)}, "must be odd"),
         ("refocus_weight", {1: torch.randn(6, 6, 3, 5)}, "map_size, map_size"),
         ("refocus_weight_backward", {0: torch.randn(5, 1, 3, 3)}, "shape of basis"),
+        ("thin_refocus_weight", {1: torch.randn(6, 8)}, "coordinates must be"),
+        ("thin_refocus_weight", {1: torch.randn(5, 9)}, "coordinates must be"),
+        ("thin_refocus_weight", {2: torch.randn(1, 9, 8)}, "factor must be"),
+        ("thin_refocus_weight", {2: torch.randn(4, 9, 9)}, "factor must be"),
+        ("thin_refocus_weight", {2: torch.randn(1, 9, 9).double()}, "of one dtype"),
+        ("thin_refocus_weight_backward", {0: torch.randn(6, 1, 3, 5)}, "factor must be"),
+        ("thin_refconv2d", {1: torch.randn(5, 1, 3, 3)}, "coordinates must be"),
+        ("thin_refconv2d_backward", {0: torch.randn(2, 6, 7, 8)}, "shape of the output"),
     ],
 )
 def test_raw_operators_refuse_what_would_leave_the_tensors(name: str, change: dict[int, object], message: str) -> None:
@@ -448,3 +485,19 @@ def test_outputs_written_around_the_cache(width: int, stride: int, layout: torch
     case = Case("large", 32, 32, (3, 3), 32, stride=(stride, stride), height=288, width=width)
     assert case.input(torch.float32).nbytes >= 16 << 20
     check(case, "cpu", torch.float32, layout)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_one_call_of_the_thin_form_gives_what_the_two_steps_give(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 8, 9, 9).contiguous(memory_format=layout).requires_grad_()
+    basis, coordinates, bias = torch.randn(8, 1, 3, 3), torch.randn(8, 9, requires_grad=True), torch.randn(8)
+    factor = functional.refocus_factor(basis, 8)
+    problem = {"stride": (2, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 8}
+    one = functional.thin_refconv2d(x, basis, coordinates, factor, bias, **problem)
+    two = functional.conv2d(x, functional.thin_refocus_weight(basis, coordinates, factor), bias, **problem)
+    assert type(one.grad_fn).__name__ == "ThinRefConv2dBackward"
+    assert torch.equal(one, two)
+    grad = torch.randn_like(one)
+    for a, b in zip(*(torch.autograd.grad(y, [x, coordinates], grad) for y in (one, two)), strict=True):
+        assert torch.equal(a, b)
