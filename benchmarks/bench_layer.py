@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.agreement import Agreement, one_thread
-from benchmarks.formulations import FORMULATIONS, float64_reference, layer_formulations
+from benchmarks.formulations import FORMULATIONS, as_full, float64_reference, layer_formulations
 from benchmarks.layers import Layer, distinct
 
 LAYERS = distinct()
@@ -39,7 +39,7 @@ class _Case:
         wanted = self.wanted(module, input)
         output = module(input)
         grads = torch.autograd.grad(output, list(wanted.values()), self.grad.to(output.dtype))
-        return {"y": output.detach(), **dict(zip(wanted, grads, strict=True))}
+        return {"y": output.detach(), **as_full(module, dict(zip(wanted, grads, strict=True)))}
 
     @staticmethod
     def wanted(module: nn.Module, input: Tensor) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def _measure(
         formulation=formulation,
         dtype=dtype,
         batch=batch,
-        bytes=layer.layer_bytes(batch, dtype.itemsize, mode != "forward", formulation != "plain"),
+        bytes=layer.layer_bytes(batch, dtype.itemsize, mode != "forward", formulation in ("two_convolutions", "ours")),
     )
 
 

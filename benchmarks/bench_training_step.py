@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.agreement import Agreement, one_thread, require_same_float64
-from benchmarks.formulations import FORMULATIONS, float64_reference, network_formulations
+from benchmarks.formulations import FORMULATIONS, as_full, float64_reference, network_formulations
 from benchmarks.networks import NETWORKS, training_step
-from refconv_kernels import reparameterize
+from refconv_kernels import full_to_thin, reparameterize
 
 CLASSES = 1000
 CHECKED_IMAGES = 4  # whose gradients are compared in float64
@@ -36,7 +36,12 @@ class _Case:
         self.labels = torch.randint(CLASSES, (batch,))
         ours = copy.deepcopy(self.modules["ours"]).double()
         two_convolutions = float64_reference(self.modules["two_convolutions"])
-        self.exact = {"plain": reparameterize(ours), "two_convolutions": two_convolutions, "ours": ours}
+        self.exact = {
+            "plain": reparameterize(ours),
+            "two_convolutions": two_convolutions,
+            "ours": ours,
+            "thin": full_to_thin(ours),
+        }
         with one_thread(), torch.no_grad():
             expected = {"logits": two_convolutions(self.images.double())}
             baseline = {"logits": copy.deepcopy(self.modules["two_convolutions"])(self.images)}
@@ -49,7 +54,7 @@ class _Case:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with one_thread():
             loss = F.cross_entropy(model(self.images[:CHECKED_IMAGES].double()), self.labels[:CHECKED_IMAGES])
-            return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+            return as_full(model, dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)))
 
     def require(self, formulation: str) -> None:
         with torch.no_grad():

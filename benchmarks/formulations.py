@@ -1,4 +1,4 @@
-"""What is compared: the plain convolution, RefConv as two PyTorch convolutions, and this library's RefConv."""
+"""What is compared: the plain convolution, RefConv as two PyTorch convolutions, and this library's in both forms."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import copy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refconv_kernels import RefConv2d, refocus, reparameterize
+from refconv_kernels import RefConv2d, full_to_thin, refocus, reparameterize, thin
 
-FORMULATIONS = ("plain", "two_convolutions", "ours")
+FORMULATIONS = ("plain", "two_convolutions", "ours", "thin")  # ours is the full form, thin ours in the thin form
 
 
 class TwoConvolutions(nn.Module):
@@ -63,14 +63,15 @@ class _MatrixProduct(nn.Module):
 
 
 def layer_formulations(conv: nn.Conv2d) -> dict[str, nn.Module]:
-    """The three formulations with the ``W_b`` of ``conv`` and one ``W_r``; all compute the same function.
+    """All formulations with the ``W_b`` of ``conv`` and one ``W_r``; all compute the same function.
 
     ``plain`` holds ``W_t``. Formulations share no memory.
     """
     two_convolutions = TwoConvolutions(conv)
     ours = RefConv2d.from_conv(conv)
     ours.load_state_dict(two_convolutions.state_dict())
-    return {"plain": ours.fuse(), "two_convolutions": two_convolutions, "ours": ours}
+    in_thin_form = full_to_thin(ours)
+    return {"plain": ours.fuse(), "two_convolutions": two_convolutions, "ours": ours, "thin": in_thin_form}
 
 
 def network_formulations(model: nn.Module) -> dict[str, nn.Module]:
@@ -79,7 +80,8 @@ def network_formulations(model: nn.Module) -> dict[str, nn.Module]:
     refocused = {name for name, module in ours.named_modules() if isinstance(module, RefConv2d)}
     two_convolutions = with_two_convolutions(model, refocused)
     ours.load_state_dict(two_convolutions.state_dict())
-    return {"plain": reparameterize(ours), "two_convolutions": two_convolutions, "ours": ours}
+    plain, in_thin_form = reparameterize(ours), full_to_thin(ours)
+    return {"plain": plain, "two_convolutions": two_convolutions, "ours": ours, "thin": in_thin_form}
 
 
 def with_two_convolutions(model: nn.Module, names: set[str]) -> nn.Module:
@@ -88,6 +90,18 @@ def with_two_convolutions(model: nn.Module, names: set[str]) -> nn.Module:
     for name in names:
         model.set_submodule(name, TwoConvolutions(model.get_submodule(name)))
     return model
+
+
+def as_full(module: nn.Module, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients by name, those of the thin form's coordinates as the full form's: ``dW_r = dE Q^T``."""
+    result = dict(gradients)
+    for name, layer in module.named_modules():
+        key = f"{name}.transform.weight".removeprefix(".")
+        if isinstance(layer, RefConv2d) and layer.form == "thin" and key in result:
+            map_size = layer.transform.map_size
+            rotation, _ = thin.decompose(layer.basis_weight, layer.groups, map_size)
+            result[key] = thin.lift(result[key], rotation, map_size)
+    return result
 
 
 def float64_reference(two_convolutions: nn.Module) -> nn.Module:

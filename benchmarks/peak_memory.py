@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.formulations import with_two_convolutions
 from benchmarks.networks import NETWORKS, training_step
-from refconv_kernels import RefConv2d, refocus
+from refconv_kernels import RefConv2d, full_to_thin, refocus
 
 STEPS = 3
 
@@ -31,6 +31,8 @@ def _build(name: str, formulation: str) -> nn.Module:
     ours = refocus(plain)
     if formulation == "ours":
         return ours
+    if formulation == "thin":
+        return full_to_thin(ours, inplace=True)
     return with_two_convolutions(plain, {n for n, m in ours.named_modules() if isinstance(m, RefConv2d)})
 
 

@@ -14,11 +14,13 @@ from typing import Any
 
 KINDS = ("weight transform", "layer", "bandwidth", "training step")
 BASELINES = ("plain", "two_convolutions", "copy")
+OWN = ("ours", "thin")
 CASES = ("depthwise", "groupwise", "dense")
 MISSING = "-"
 LEGEND = (
     "Times are the shortest of their rounds, in ms, with warm caches. A ratio is another formulation's time divided by "
-    "ours in the same run: above 1, ours is faster. GB/s: bytes that ours must move at least, by its time. Under "
+    "ours in the same run: above 1, ours is faster. ours is the full form, "
+    "thin ours in the thin form. GB/s: bytes that ours must move at least, by its time. Under "
     "bandwidth, copy is a clone() of as many bytes, so copy/ours is the share of the copy's bandwidth."
 )
 
@@ -35,11 +37,11 @@ class Row:
     bytes: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def ratio(self, other: str) -> float | None:
-        """The time of ``other`` divided by ours; None if one of them was not measured."""
-        if other not in self.seconds or "ours" not in self.seconds:
+    def ratio(self, other: str, own: str) -> float | None:
+        """The time of ``other`` divided by that of ``own``; None if one of them was not measured."""
+        if other not in self.seconds or own not in self.seconds:
             return None
-        return self.seconds[other] / self.seconds["ours"]
+        return self.seconds[other] / self.seconds[own]
 
 
 def read_rows(run: dict[str, Any]) -> list[Row]:
@@ -68,12 +70,12 @@ def _memory(run: dict[str, Any]) -> list[list[str]]:
             peaks[info["formulation"]] = info["peak_bytes"]
             if info["formulation"] == "ours":
                 peaks["refocus"] = info["refocus_bytes"]
-    table = [["training step", "plain", "two_convolutions", "ours", "ours - plain", "W_r, its gradient, momentum"]]
+    names = ["plain", "two_convolutions", *OWN]
+    table = [["training step", *names, *(f"{own} - plain" for own in OWN), "W_r, its gradient, momentum"]]
     for name, peaks in networks.items():
-        ours, plain = peaks.get("ours"), peaks.get("plain")
-        more = None if ours is None or plain is None else ours - plain
-        refocus = peaks.get("refocus")
-        figures = (plain, peaks.get("two_convolutions"), ours, more, None if refocus is None else 3 * refocus)
+        plain = peaks.get("plain")
+        more = [None if plain is None or own not in peaks else peaks[own] - plain for own in OWN]
+        figures = (*(peaks.get(key) for key in names), *more, 3 * peaks["refocus"] if "refocus" in peaks else None)
         table.append([name, *(_number(None if figure is None else figure / 1e6, 1) for figure in figures)])
     return table
 
@@ -115,18 +117,22 @@ def _number(value: float | None, digits: int) -> str:
     return MISSING if value is None else f"{value:.{digits}f}"
 
 
+def _measured(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    return [name for name in names if any(name in row.seconds for row in rows)]
+
+
 def _detail(rows: Sequence[Row]) -> list[list[str]]:
     """One line per group, for groups of one kind and mode."""
-    baselines = [name for name in BASELINES if any(name in row.seconds for row in rows)]
+    baselines, own = _measured(BASELINES, rows), _measured(OWN, rows)
     with_bytes = any(row.bytes for row in rows)
-    table = [["shape", *baselines, "ours", *(f"{name}/ours" for name in baselines)]]
+    table = [["shape", *baselines, *own, *(f"{other}/{name}" for name in own for other in baselines)]]
     table[0] += ["GB/s ours"] if with_bytes else []
     for row in rows:
         cells = [row.shape]
-        for name in (*baselines, "ours"):
+        for name in (*baselines, *own):
             seconds = row.seconds.get(name)
             cells.append(_number(None if seconds is None else seconds * 1e3, 3))
-        cells += [_number(row.ratio(name), 2) for name in baselines]
+        cells += [_number(row.ratio(other, name), 2) for name in own for other in baselines]
         if with_bytes:
             ours = row.seconds.get("ours")
             cells.append(_number(row.bytes / ours * 1e-9 if ours and row.bytes else None, 1))
@@ -135,7 +141,7 @@ def _detail(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _means(rows: Sequence[Row]) -> list[list[str]]:
-    """Geometric means over groups of one kind and mode; each distinct shape counts once."""
+    """Geometric means over groups of one kind and mode, in brackets the smallest; each distinct shape counts once."""
     subsets = {"all": list(rows)}
     if rows[0].kind != "training step":  # where the networks are the rows themselves
         names = sorted({network for row in rows for network in row.networks})
@@ -145,19 +151,24 @@ def _means(rows: Sequence[Row]) -> list[list[str]]:
             **{f"all {case}": [row for row in rows if row.case == case] for case in CASES},
             **subsets,
         }
-    baselines = [name for name in BASELINES if any(name in row.seconds for row in rows)]
-    table = [["geometric mean", "shapes", *(f"{name}/ours" for name in baselines)]]
+    pairs = [(other, name) for name in _measured(OWN, rows) for other in _measured(BASELINES, rows)]
+    table = [["geometric mean (smallest)", "shapes", *(f"{other}/{name}" for other, name in pairs)]]
     has_depthwise = any(row.case == "depthwise" for row in rows)
-    table[0] += [f"{name}/ours, depthwise" for name in baselines if has_depthwise]
+    table[0] += [f"{other}/{name}, depthwise" for other, name in pairs if has_depthwise]
     for name, subset in subsets.items():
         if not subset:
             continue
         depthwise = [row for row in subset if row.case == "depthwise"]
         cells = [name, str(len(subset))]
         for chosen in (subset, depthwise) if has_depthwise else (subset,):
-            cells += [_number(geometric_mean(row.ratio(baseline) for row in chosen), 2) for baseline in baselines]
+            cells += [_mean([row.ratio(*pair) for row in chosen]) for pair in pairs]
         table.append(cells)
     return table
+
+
+def _mean(ratios: Sequence[float | None]) -> str:
+    measured = [ratio for ratio in ratios if ratio is not None]
+    return f"{_number(geometric_mean(measured), 2)} ({min(measured):.2f})" if measured else MISSING
 
 
 def _format(table: list[list[str]], markdown: bool) -> list[str]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -129,18 +130,24 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_TWO_STEPS = {
+    "refconv2d": "refocus_weight and grouped_conv2d",
+    "thin_refconv2d": "thin_refocus_weight and grouped_conv2d",
+}
+
+
 def _problem(arguments: argparse.Namespace) -> int:
     operator = arguments.problem
     try:
         with nullcontext() if arguments.device == "cpu" else FakeTensorMode():
             problem = _tensors(arguments)
-        chosen = ops.choose(operator, *problem, optional=operator == "refconv2d")
+        chosen = ops.choose(operator, *problem, optional=operator in _TWO_STEPS)
     except ValueError as error:
         arguments.fail(str(error))
     except (RuntimeError, TypeError) as error:  # more than memory holds; or the backend asked for does not cover it
         return _error(str(error).splitlines()[0])
-    if operator == "refconv2d" and chosen == "reference":
-        chosen = "two steps (ask about refocus_weight and grouped_conv2d)"
+    if operator in _TWO_STEPS and chosen == "reference":
+        chosen = f"two steps (ask about {_TWO_STEPS[operator]})"
     print(f"{operator} runs on: {chosen}")
     width = max(map(len, ops.UNAVAILABLE))
     for backend, off in ops.UNAVAILABLE.items():
@@ -173,14 +180,22 @@ def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
     groups = groups or (weight_shape[0] if weight_shape[1] == 1 else 1)
     if arguments.problem == "refocus_weight" and dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32  # what halves are transformed in
-    weight = torch.empty(weight_shape, dtype=dtype, device=arguments.device)
-    kernels = weight_shape[0] * weight_shape[1]
-    if arguments.problem == "refocus_weight":
+    factory: dict[str, Any] = {"dtype": dtype, "device": arguments.device}
+    weight = torch.empty(weight_shape, **factory)
+    kernels, size = weight_shape[0] * weight_shape[1], weight_shape[2] * weight_shape[3]
+    transformed: tuple[torch.Tensor, ...] = ()  # what of the transformation
+    if arguments.problem != "grouped_conv2d" and kernels % groups != 0:
+        raise ValueError(f"--weight has {kernels} kernels, which --groups (={groups}) must divide")
+    if arguments.problem in ("refocus_weight", "refconv2d"):
+        transformed = (torch.empty((kernels, groups, 3, 3), **factory),)
+    elif arguments.problem in ("thin_refocus_weight", "thin_refconv2d"):
+        rank = min(9 * groups, size)
+        transformed = torch.empty((kernels, rank), **factory), torch.empty((kernels // groups, rank, size), **factory)
+    if arguments.problem.endswith("refocus_weight"):
         if arguments.shape is not None or arguments.channels_last or arguments.stride > 1:
-            raise ValueError("--problem refocus_weight has no input: leave --shape, --stride and --channels-last out")
-        if kernels % groups != 0:
-            raise ValueError(f"--weight has {kernels} kernels, which --groups (={groups}) must divide")
-        return weight, torch.empty((kernels, groups, 3, 3), dtype=dtype, device=arguments.device)
+            options = "--shape, --stride and --channels-last"
+            raise ValueError(f"--problem {arguments.problem} has no input: leave {options} out")
+        return weight, *transformed
     if arguments.shape is None:
         raise ValueError(f"--problem {arguments.problem} needs --shape")
     if arguments.shape[1] != weight_shape[1] * groups:
@@ -191,16 +206,8 @@ def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     width, kernel_width = arguments.shape[3], weight_shape[3]
     out_width = (width + 2 * (kernel_width // 2) - kernel_width) // arguments.stride + 1
-    input = torch.empty(arguments.shape, dtype=dtype, device=arguments.device, memory_format=layout)
-    if arguments.problem == "refconv2d":
-        return (
-            input,
-            weight,
-            torch.empty((kernels, groups, 3, 3), dtype=dtype, device=arguments.device),
-            groups,
-            out_width,
-        )
-    return input, weight, groups, out_width
+    input = torch.empty(arguments.shape, memory_format=layout, **factory)
+    return input, weight, *transformed, groups, out_width
 
 
 if __name__ == "__main__":
