@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 #: Optimizers whose steps commute with a rotation of the coordinates of a parameter (docs/numerics.md).
-EXACT: list[type[torch.optim.Optimizer]] = [torch.optim.SGD, torch.optim.ASGD, torch.optim.LBFGS]
+EXACT: list[type[torch.optim.Optimizer]] = [torch.optim.SGD, torch.optim.ASGD]
 
 _transforms: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _asked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -36,6 +36,6 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     if any(id(p) in coordinates for group in optimizer.param_groups for p in group["params"]):
         warnings.warn(
             f"{type(optimizer).__name__} trains RefConv layers of form='thin' as another model than form='full': its "
-            "step is not known to be the same in other coordinates. Exact are SGD, ASGD and LBFGS (docs/numerics.md)",
+            "step is not known to be the same in other coordinates. Exact are SGD and ASGD (docs/numerics.md)",
             stacklevel=3,
         )
