@@ -25,6 +25,7 @@
 
 namespace {
 
+using refconv::FoldedAdamProblem;
 using refconv::GroupedProblem;
 using refconv::RefocusProblem;
 using torch::headeronly::ScalarType;
@@ -312,9 +313,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refconv2d_backward(const Tensor& grad
   return {grad_input, grad_weight, grad_refocus, grad_bias};
 }
 
+// AdamW's direction on W_r in the coordinates of the thin form, and the updated root of the second moment.
+std::tuple<Tensor, Tensor> folded_adam(const Tensor& first, const Tensor& root, const Tensor& gradient,
+                                       const Tensor& rotation, double keep, double scale_first, double scale_second,
+                                       double eps) {
+  for (const Tensor* rows : {&first, &root, &gradient}) check_like(*rows, first, 2);
+  check_like(rotation, first, 3);
+  const int64_t groups = rotation.size(0);
+  FoldedAdamProblem p{first.size(0), 0, rotation.size(2), first.size(1), keep, scale_first, scale_second, eps};
+  STD_TORCH_CHECK(groups > 0 && p.rows % groups == 0 && rotation.size(1) == p.rank && gradient.size(0) == p.rows &&
+                      gradient.size(1) == p.rank && root.size(0) == p.rows && root.size(1) == p.root_size(),
+                  "first and gradient must be [rows, rank], root [rows, rank (rank + 1) / 2] and rotation "
+                  "[rows / per_group, rank, columns]");
+  p.per_group = p.rows / groups;
+  const Tensor m = torch::stable::contiguous(first), u = torch::stable::contiguous(root);
+  const Tensor g = torch::stable::contiguous(gradient), q = torch::stable::contiguous(rotation);
+  const Tensor direction = torch::stable::new_empty(m, sizes_of(m));
+  const Tensor updated = torch::stable::new_empty(u, sizes_of(u));
+  for_dtype(first, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto kernel = refconv::cpu::instruction_set().kernels.folded_adam<T>();
+    parallel(p.rows, p.columns * (p.root_size() + 3 * p.rank), [&](int64_t begin, int64_t end) {
+      kernel(p, data<T>(m), data<T>(u), data<T>(g), data<T>(q), mutable_data<T>(updated), mutable_data<T>(direction),
+             begin, end);
+    });
+  });
+  return {direction, updated};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(refconv_cpu, CPU, m) {
+  m.impl("folded_adam", TORCH_BOX(&folded_adam));
   m.impl("grouped_conv2d", TORCH_BOX(&grouped_conv2d));
   m.impl("grouped_conv2d_backward", TORCH_BOX(&grouped_conv2d_backward));
   m.impl("refconv2d", TORCH_BOX(&refconv2d));

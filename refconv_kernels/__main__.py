@@ -134,7 +134,7 @@ def _problem(arguments: argparse.Namespace) -> int:
     try:
         with nullcontext() if arguments.device == "cpu" else FakeTensorMode():
             problem = _tensors(arguments)
-        chosen = ops.choose(operator, *problem, optional=operator == "refconv2d")
+        chosen = ops.choose(operator, *problem, optional=operator in ("refconv2d", "folded_adam"))
     except ValueError as error:
         arguments.fail(str(error))
     except (RuntimeError, TypeError) as error:  # more than memory holds; or the backend asked for does not cover it
@@ -171,15 +171,19 @@ def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
     if weight_shape is None:
         raise ValueError(f"--problem {arguments.problem} needs --weight")
     groups = groups or (weight_shape[0] if weight_shape[1] == 1 else 1)
-    if arguments.problem == "refocus_weight" and dtype in (torch.bfloat16, torch.float16):
+    if arguments.problem in ("refocus_weight", "folded_adam") and dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32  # what halves are transformed in
     weight = torch.empty(weight_shape, dtype=dtype, device=arguments.device)
     kernels = weight_shape[0] * weight_shape[1]
-    if arguments.problem == "refocus_weight":
+    if arguments.problem in ("refocus_weight", "folded_adam"):
         if arguments.shape is not None or arguments.channels_last or arguments.stride > 1:
-            raise ValueError("--problem refocus_weight has no input: leave --shape, --stride and --channels-last out")
+            raise ValueError(
+                f"--problem {arguments.problem} has no input: leave --shape, --stride and --channels-last out"
+            )
         if kernels % groups != 0:
             raise ValueError(f"--weight has {kernels} kernels, which --groups (={groups}) must divide")
+        if arguments.problem == "folded_adam":
+            return (weight.new_empty(kernels, min(9 * groups, weight_shape[2] * weight_shape[3])),)
         return weight, torch.empty((kernels, groups, 3, 3), dtype=dtype, device=arguments.device)
     if arguments.shape is None:
         raise ValueError(f"--problem {arguments.problem} needs --shape")

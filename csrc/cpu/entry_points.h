@@ -1,5 +1,5 @@
-// The kernels of one instruction set: declared here, defined in grouped_*.cpp, depthwise_nhwc.cpp and refocus.cpp,
-// collected into a Kernels table by table.cpp. All are compiled once per instruction set.
+// The kernels of one instruction set: declared here, defined in grouped_*.cpp, depthwise_nhwc.cpp, refocus.cpp and
+// folded_adam.cpp, collected into a Kernels table by table.cpp. All are compiled once per instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -36,6 +36,10 @@ template <typename T>
 void refocus_backward(const RefocusProblem& p, const T* grad_transformed, const T* basis, T* grad_refocus,
                       int64_t begin, int64_t end);
 
+template <typename T>
+void folded_adam(const FoldedAdamProblem& p, const T* first, const T* root, const T* gradient, const T* rotation,
+                 T* updated, T* direction, int64_t begin, int64_t end);
+
 #define REFCONV_INSTANTIATE_GROUPED_FORWARD(S) \
   template void grouped_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);
 
@@ -52,5 +56,9 @@ void refocus_backward(const RefocusProblem& p, const T* grad_transformed, const 
 #define REFCONV_INSTANTIATE_REFOCUS(T)                                                               \
   template void refocus_forward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t); \
   template void refocus_backward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t);
+
+#define REFCONV_INSTANTIATE_FOLDED_ADAM(T)                                                                        \
+  template void folded_adam<T>(const FoldedAdamProblem&, const T*, const T*, const T*, const T*, T*, T*, int64_t, \
+                               int64_t);
 
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -43,6 +43,11 @@ struct RefocusKernels {
                    int64_t end);
 };
 
+// Tasks: the rows of E. first and gradient are m and g, root is U before and updated after g.
+template <typename T>
+using FoldedAdamKernel = void (*)(const FoldedAdamProblem&, const T* first, const T* root, const T* gradient,
+                                  const T* rotation, T* updated, T* direction, int64_t begin, int64_t end);
+
 struct Kernels {
   GroupedKernels<float> grouped_f32;
   GroupedKernels<double> grouped_f64;
@@ -50,11 +55,15 @@ struct Kernels {
   GroupedKernels<Half> grouped_f16;
   RefocusKernels<float> refocus_f32;
   RefocusKernels<double> refocus_f64;
+  FoldedAdamKernel<float> folded_adam_f32;
+  FoldedAdamKernel<double> folded_adam_f64;
 
   template <typename S>
   const GroupedKernels<S>& grouped() const;
   template <typename T>
   const RefocusKernels<T>& refocus() const;
+  template <typename T>
+  FoldedAdamKernel<T> folded_adam() const;
 };
 
 // clang-format off
@@ -64,6 +73,8 @@ template <> inline const GroupedKernels<BFloat16>& Kernels::grouped() const { re
 template <> inline const GroupedKernels<Half>& Kernels::grouped() const { return grouped_f16; }
 template <> inline const RefocusKernels<float>& Kernels::refocus() const { return refocus_f32; }
 template <> inline const RefocusKernels<double>& Kernels::refocus() const { return refocus_f64; }
+template <> inline FoldedAdamKernel<float> Kernels::folded_adam() const { return folded_adam_f32; }
+template <> inline FoldedAdamKernel<double> Kernels::folded_adam() const { return folded_adam_f64; }
 // clang-format on
 
 struct InstructionSet {

@@ -17,7 +17,8 @@ constexpr RefocusKernels<T> kRefocus = {refocus_forward<T>, refocus_backward<T>}
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    kGrouped<float>, kGrouped<double>, kGrouped<BFloat16>, kGrouped<Half>, kRefocus<float>, kRefocus<double>,
+    kGrouped<float>, kGrouped<double>, kGrouped<BFloat16>, kGrouped<Half>,
+    kRefocus<float>, kRefocus<double>, folded_adam<float>, folded_adam<double>,
 };
 
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -99,3 +99,12 @@ def refconv2d_limits(input: Tensor, basis: Tensor, refocus: Tensor, groups: int,
 def refconv2d_slower(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, out_width: int) -> str | None:
     """Why ``"auto"`` takes the two steps one by one (``docs/performance.md``); None when it does not."""
     return refocus_weight_slower(basis, refocus) or grouped_conv2d_slower(input, basis, groups, out_width)
+
+
+def folded_adam_limits(first: Tensor) -> str | None:
+    """Why the ``folded_adam`` kernel does not cover this problem; None when it does."""
+    return _limits(first, "first", _REFOCUS_DTYPES)
+
+
+def folded_adam_slower(first: Tensor) -> None:
+    """None: PyTorch's matrix products are never faster (``docs/performance.md``)."""
