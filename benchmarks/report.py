@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-KINDS = ("weight transform", "layer", "bandwidth", "training step")
-BASELINES = ("plain", "two_convolutions", "copy")
+KINDS = ("weight transform", "layer", "bandwidth", "training step", "optimizer step")
+BASELINES = ("plain", "two_convolutions", "copy", "adamw")
 OWN = ("ours", "thin")
 CASES = ("depthwise", "groupwise", "dense")
 MISSING = "-"

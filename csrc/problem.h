@@ -61,6 +61,23 @@ struct ThinProblem {
   bool identity;
 };
 
+// AdamW on W_r in the coordinates E = W_r Q of the thin form. Per row of E, in order: S <- keep S + (1 - keep) g g^T,
+// where S = U^T U and U is upper triangular, and
+//   direction = sum_j Q_j scale_first (m . Q_j) / (scale_second |U Q_j| + eps)
+// over the `columns` rows Q_j of its refocus group's Q; a term that is 0/0 counts as 0.
+// m, g, direction: [rows, rank]; U: [rows, root_size()], its rows from the diagonal on; Q transposed:
+// [rows / per_group, rank, columns].
+struct FoldedAdamProblem {
+  int64_t rows;
+  int64_t per_group;  // rows per refocus group
+  int64_t columns;    // g k^2
+  int64_t rank;
+  double keep;
+  double scale_first, scale_second, eps;
+
+  int64_t root_size() const { return rank * (rank + 1) / 2; }
+};
+
 // Element types that are stored in 16 bits and computed with in float.
 struct BFloat16 {
   uint16_t bits;

@@ -5,10 +5,12 @@ from refconv_kernels.convert import refocus, reparameterize
 from refconv_kernels.forms import full_to_thin, thin_to_full
 from refconv_kernels.modules import RefConv2d
 from refconv_kernels.ops import current_backend, use_backend
+from refconv_kernels.optim import FoldedAdamW
 from refconv_kernels.summary import summary
 from refconv_kernels.transforms import RefocusingTransformation, ThinRefocusingTransformation
 
 __all__ = [
+    "FoldedAdamW",
     "RefConv2d",
     "RefocusingTransformation",
     "ThinRefocusingTransformation",

@@ -141,7 +141,7 @@ def _problem(arguments: argparse.Namespace) -> int:
     try:
         with nullcontext() if arguments.device == "cpu" else FakeTensorMode():
             problem = _tensors(arguments)
-        chosen = ops.choose(operator, *problem, optional=operator in _TWO_STEPS)
+        chosen = ops.choose(operator, *problem, optional=operator in (*_TWO_STEPS, "folded_adam"))
     except ValueError as error:
         arguments.fail(str(error))
     except (RuntimeError, TypeError) as error:  # more than memory holds; or the backend asked for does not cover it
@@ -178,7 +178,7 @@ def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
     if weight_shape is None:
         raise ValueError(f"--problem {arguments.problem} needs --weight")
     groups = groups or (weight_shape[0] if weight_shape[1] == 1 else 1)
-    if arguments.problem == "refocus_weight" and dtype in (torch.bfloat16, torch.float16):
+    if arguments.problem in ("refocus_weight", "folded_adam") and dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32  # what halves are transformed in
     factory: dict[str, Any] = {"dtype": dtype, "device": arguments.device}
     weight = torch.empty(weight_shape, **factory)
@@ -191,11 +191,13 @@ def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
     elif arguments.problem in ("thin_refocus_weight", "thin_refconv2d"):
         rank = min(9 * groups, size)
         transformed = torch.empty((kernels, rank), **factory), torch.empty((kernels // groups, rank, size), **factory)
-    if arguments.problem.endswith("refocus_weight"):
+    elif arguments.problem == "folded_adam":
+        transformed = (torch.empty((kernels, min(9 * groups, size)), **factory),)
+    if not arguments.problem.endswith("conv2d"):
         if arguments.shape is not None or arguments.channels_last or arguments.stride > 1:
             options = "--shape, --stride and --channels-last"
             raise ValueError(f"--problem {arguments.problem} has no input: leave {options} out")
-        return weight, *transformed
+        return transformed if arguments.problem == "folded_adam" else (weight, *transformed)
     if arguments.shape is None:
         raise ValueError(f"--problem {arguments.problem} needs --shape")
     if arguments.shape[1] != weight_shape[1] * groups:

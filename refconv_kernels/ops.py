@@ -18,15 +18,15 @@ import torch
 from torch.autograd import forward_ad
 
 from refconv_kernels.backends import cpu, triton
-from refconv_kernels.schemas import register
+from refconv_kernels.schemas import SCHEMAS, register
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operator of one backend: its forward and backward, and which problems it is for."""
+    """One operator of one backend: its forward and backward, if it has one, and which problems it is for."""
 
     forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    backward: Any  # a callable; None for an operator that has none
     limits: Callable[..., str | None]  # why a problem is not covered; None when it is
     slower: Callable[..., str | None]  # why "auto" leaves a covered problem to PyTorch; None when it does not
     how: Callable[..., str | None] | None = None  # which of several kernels runs a covered problem, and why
@@ -41,9 +41,7 @@ UNAVAILABLE: dict[str, str | None] = {
 }
 
 #: ``KERNELS[operator][backend]``, best backend first. What is not listed runs on the reference path.
-KERNELS: dict[str, dict[str, Kernel]] = {
-    name: {} for name in ("refocus_weight", "grouped_conv2d", "refconv2d", "thin_refocus_weight", "thin_refconv2d")
-}
+KERNELS: dict[str, dict[str, Kernel]] = {name: {} for name in SCHEMAS if not name.endswith("_backward")}
 
 
 def _add(backend: str, module: ModuleType) -> None:
@@ -57,7 +55,7 @@ def _add(backend: str, module: ModuleType) -> None:
             continue
         kernels[backend] = Kernel(
             getattr(operators, name).default,
-            getattr(operators, f"{name}_backward").default,
+            getattr(operators, backward).default if (backward := f"{name}_backward") in SCHEMAS else None,
             getattr(module, f"{name}_limits"),
             getattr(module, f"{name}_slower"),
             getattr(module, f"{name}_how", None),

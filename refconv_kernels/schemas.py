@@ -30,6 +30,10 @@ SCHEMAS = {
         "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_basis, bool need_refocus, "
         "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
+    "folded_adam": (  # the direction and the updated root
+        "(Tensor first, Tensor root, Tensor gradient, Tensor rotation, float keep, float scale_first, "
+        "float scale_second, float eps) -> (Tensor, Tensor)"
+    ),
     "thin_refocus_weight": "(Tensor basis, Tensor coordinates, Tensor factor, bool identity) -> Tensor",
     "thin_refocus_weight_backward": "(Tensor grad_transformed, Tensor factor) -> Tensor",
     "thin_refconv2d": (
@@ -161,6 +165,19 @@ def _fake_thin_refconv2d_backward(
     return grad_input, grad_weight, grad_coordinates, grad_bias
 
 
+def _fake_folded_adam(
+    first: Tensor,
+    root: Tensor,
+    gradient: Tensor,
+    rotation: Tensor,
+    keep: float,
+    scale_first: float,
+    scale_second: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return first.new_empty(first.shape), root.new_empty(root.shape)
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "refocus_weight": _fake_refocus_weight,
     "refocus_weight_backward": _fake_refocus_weight_backward,
@@ -168,6 +185,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "grouped_conv2d_backward": _fake_grouped_conv2d_backward,
     "refconv2d": _fake_refconv2d,
     "refconv2d_backward": _fake_refconv2d_backward,
+    "folded_adam": _fake_folded_adam,
     "thin_refocus_weight": _fake_thin_refocus_weight,
     "thin_refocus_weight_backward": _fake_thin_refocus_weight_backward,
     "thin_refconv2d": _fake_thin_refconv2d,

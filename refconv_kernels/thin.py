@@ -9,12 +9,12 @@ Everything is computed in float64, on the CPU: once per layer, and alike on ever
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 20  # entries of W_r in float64 at a time
+_BLOCK = 1 << 20  # entries of W_r at a time
 
 
 def is_smaller(group_size: int, map_size: int, kernel_size: int) -> bool:
@@ -80,13 +80,19 @@ def _product(rows: Callable[[int, int], Tensor], count: int, matrices: Tensor) -
     """
     groups, inner, columns = matrices.shape
     result = torch.empty(count, columns, dtype=torch.float64)
+    for begin, end, group, last_group in row_blocks(count, groups, max(inner, columns)):
+        block = rows(begin, end).cpu().double().reshape(last_group - group, -1, inner)
+        result[begin:end] = (block @ matrices[group:last_group]).reshape(end - begin, columns)
+    return result
+
+
+def row_blocks(count: int, groups: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    """``count`` rows in order, ``(begin, end, first group, end of groups)``, in blocks of at most 2^20 entries if each
+    row has ``width`` of them: whole refocus groups, or within one."""
     per_group = count // groups
-    fit = max(1, _BLOCK // max(inner, columns))
+    fit = max(1, _BLOCK // width)
     for first in range(0, count, span := max(1, fit // per_group) * per_group):
         last = min(first + span, count)
         for begin in range(first, last, step := span if fit >= per_group else fit):
             end = min(begin + step, last)
-            these = matrices[begin // per_group : (end - 1) // per_group + 1]
-            block = rows(begin, end).cpu().double().reshape(len(these), -1, inner)
-            result[begin:end] = (block @ these).reshape(end - begin, columns)
-    return result
+            yield begin, end, begin // per_group, (end - 1) // per_group + 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from refconv_kernels import guard, thin
 from refconv_kernels.checks import check_basis, check_map_size
-from refconv_kernels.functional import refocus_weight, thin_refocus_weight
+from refconv_kernels.functional import refocus_factor, refocus_weight, thin_refocus_weight
 
 __all__ = ["INITS", "RefocusingTransformation", "ThinRefocusingTransformation"]
 
@@ -118,6 +118,11 @@ class ThinRefocusingTransformation(nn.Module):
         self.register_buffer("factor", basis.new_empty(kernels // group_size, rank, size))
         self.draw(basis)
         guard.watch(self)
+
+    def rebase(self, basis: Tensor) -> None:
+        """Take ``factor`` from a new basis of the same shape; ``weight`` stays."""
+        with torch.no_grad():
+            self.factor.copy_(refocus_factor(basis, self.group_size, self.map_size))
 
     def draw(self, basis: Tensor) -> None:
         """Draw ``E`` anew by ``init``, as the ``W_r`` of a layer with this basis; ``factor`` is taken from it too."""

@@ -121,6 +121,15 @@ def test_a_backend_without_the_operator(capsys: pytest.CaptureFixture, monkeypat
 
 
 @needs_native
+def test_the_optimizers_kernel(capsys: pytest.CaptureFixture) -> None:
+    problem = ["info", "--problem", "folded_adam", "--weight", "8,1,3,3"]
+    assert printed(capsys, [*problem, "--dtype", "bfloat16"])[0] == "folded_adam runs on: cpu"  # in float32
+    assert "cpu        first has dtype torch.complex64, the kernel covers float32, float64" in printed(
+        capsys, [*problem, "--dtype", "complex64"]
+    )
+
+
+@needs_native
 def test_a_backend_asked_for_that_does_not_cover_the_problem(capsys: pytest.CaptureFixture) -> None:
     with use_backend("cpu"):
         assert main([*REFOCUS, "--dtype", "complex64"]) == 1
@@ -150,6 +159,10 @@ def test_a_backend_asked_for_that_does_not_cover_the_problem(capsys: pytest.Capt
         ([*DEPTHWISE, "--dtype", "int64"], "--dtype (='int64') must be a floating-point type"),
         ([*DEPTHWISE, "--dtype", "nn"], "--dtype (='nn') must be a floating-point type"),
         ([*REFOCUS, "--shape", "2,8,6,6"], "has no input: leave --shape, --stride and --channels-last out"),
+        (
+            ["info", "--problem", "folded_adam", "--weight", "8,1,3,3", "--stride", "2"],
+            "--problem folded_adam has no input: leave --shape, --stride and --channels-last out",
+        ),
         ([*REFOCUS, "--groups", "3"], "--weight has 8 kernels, which --groups (=3) must divide"),
     ],
 )

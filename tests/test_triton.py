@@ -13,9 +13,8 @@ from torch import Tensor
 from benchmarks.compiled_kernels import TARGETS
 from refconv_kernels import RefConv2d, functional, ops, use_backend
 from refconv_kernels.backends import triton
-from refconv_kernels.schemas import SCHEMAS
 from tests.cases import CASES, SMALL, Case
-from tests.test_ops import DTYPES, KERNEL_DTYPES, _samples, check
+from tests.test_ops import DTYPES, KERNEL_DTYPES, _samples, check, operators
 from tests.tolerances import assert_close
 
 pytestmark = [
@@ -205,7 +204,7 @@ def test_only_what_is_needed(wanted: tuple[bool, bool, bool]) -> None:
             assert got.numel() == 0
 
 
-@pytest.mark.parametrize("name", list(SCHEMAS))
+@pytest.mark.parametrize("name", operators("triton"))
 @pytest.mark.parametrize("case", SMALL[:3], ids=str)
 def test_opcheck(name: str, case: Case) -> None:
     samples = [t.to(DEVICE) if isinstance(t, Tensor) else t for t in _samples(name, case)]

@@ -1,12 +1,29 @@
-// The pybind11 module, with what is not a tensor operator. Importing it registers the operators.
+// The registration of the operators, and the pybind11 module with what is not one.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
 #include <string>
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "operators.h"
+
+STABLE_TORCH_LIBRARY_IMPL(refconv_cpu, CPU, m) {
+  using namespace refconv::bindings;
+  m.impl("folded_adam", TORCH_BOX(&folded_adam));
+  m.impl("grouped_conv2d", TORCH_BOX(&grouped_conv2d));
+  m.impl("grouped_conv2d_backward", TORCH_BOX(&grouped_conv2d_backward));
+  m.impl("refconv2d", TORCH_BOX(&refconv2d));
+  m.impl("refconv2d_backward", TORCH_BOX(&refconv2d_backward));
+  m.impl("refocus_weight", TORCH_BOX(&refocus_weight));
+  m.impl("refocus_weight_backward", TORCH_BOX(&refocus_weight_backward));
+  m.impl("thin_refconv2d", TORCH_BOX(&thin_refconv2d));
+  m.impl("thin_refconv2d_backward", TORCH_BOX(&thin_refconv2d_backward));
+  m.impl("thin_refocus_weight", TORCH_BOX(&thin_refocus_weight));
+  m.impl("thin_refocus_weight_backward", TORCH_BOX(&thin_refocus_weight_backward));
+}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of refconv_kernels: build facts and the choice of instruction set.";

@@ -28,4 +28,32 @@ Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& bas
 Tensor thin_refocus_weight(const Tensor& basis, const Tensor& coordinates, const Tensor& factor, bool identity);
 Tensor thin_refocus_weight_backward(const Tensor& grad_transformed, const Tensor& factor);
 
+// layers.cpp
+// The output and W_t.
+std::tuple<Tensor, Tensor> refconv2d(const Tensor& input, const Tensor& basis, const Tensor& refocus,
+                                     const std::optional<Tensor>& bias, bool identity, Ints stride, Ints padding,
+                                     Ints dilation);
+// The gradients of the input, of W_t, of W_r and of the bias; what is not wanted is empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> refconv2d_backward(const Tensor& grad_output, const Tensor& input,
+                                                              const Tensor& transformed, const Tensor& basis,
+                                                              int64_t group_size, int64_t map_size, Ints stride,
+                                                              Ints padding, Ints dilation, bool need_input,
+                                                              bool need_basis, bool need_refocus, bool need_bias);
+// The thin form. Its backward makes W_t again.
+Tensor thin_refconv2d(const Tensor& input, const Tensor& basis, const Tensor& coordinates, const Tensor& factor,
+                      const std::optional<Tensor>& bias, bool identity, Ints stride, Ints padding, Ints dilation);
+// The gradients of the input, of W_t, of E and of the bias; what is not wanted is empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> thin_refconv2d_backward(const Tensor& grad_output, const Tensor& input,
+                                                                   const Tensor& basis, const Tensor& coordinates,
+                                                                   const Tensor& factor, bool identity, Ints stride,
+                                                                   Ints padding, Ints dilation, bool need_input,
+                                                                   bool need_weight, bool need_coordinates,
+                                                                   bool need_bias);
+
+// optimizer.cpp
+// AdamW's direction on W_r in the coordinates of the thin form, and the updated root of the second moment.
+std::tuple<Tensor, Tensor> folded_adam(const Tensor& first, const Tensor& root, const Tensor& gradient,
+                                       const Tensor& rotation, double keep, double scale_first, double scale_second,
+                                       double eps);
+
 }  // namespace refconv::bindings

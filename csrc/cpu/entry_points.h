@@ -1,5 +1,5 @@
-// The kernels of one instruction set: declared here, defined in grouped_*.cpp, depthwise_nhwc.cpp, refocus.cpp and
-// thin.cpp, collected into a Kernels table by table.cpp. All are compiled once per instruction set.
+// The kernels of one instruction set: declared here, defined in grouped_*.cpp, depthwise_nhwc.cpp, refocus.cpp,
+// thin.cpp and folded_adam.cpp, collected into a Kernels table by table.cpp. All are compiled once per instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -44,6 +44,10 @@ template <typename S>
 void thin_backward(const ThinProblem& p, const S* grad_transformed, const S* factor, S* grad_coordinates, int64_t begin,
                    int64_t end);
 
+template <typename T>
+void folded_adam(const FoldedAdamProblem& p, const T* first, const T* root, const T* gradient, const T* rotation,
+                 T* updated, T* direction, int64_t begin, int64_t end);
+
 #define REFCONV_INSTANTIATE_GROUPED_FORWARD(S) \
   template void grouped_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);
 
@@ -64,5 +68,9 @@ void thin_backward(const ThinProblem& p, const S* grad_transformed, const S* fac
 #define REFCONV_INSTANTIATE_THIN(S)                                                                      \
   template void thin_forward<S>(const ThinProblem&, const S*, const S*, const S*, S*, int64_t, int64_t); \
   template void thin_backward<S>(const ThinProblem&, const S*, const S*, S*, int64_t, int64_t);
+
+#define REFCONV_INSTANTIATE_FOLDED_ADAM(T)                                                                        \
+  template void folded_adam<T>(const FoldedAdamProblem&, const T*, const T*, const T*, const T*, T*, T*, int64_t, \
+                               int64_t);
 
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -52,6 +52,11 @@ struct ThinKernels {
                    int64_t end);
 };
 
+// Tasks: the rows of E. first and gradient are m and g, root is U before and updated after g.
+template <typename T>
+using FoldedAdamKernel = void (*)(const FoldedAdamProblem&, const T* first, const T* root, const T* gradient,
+                                  const T* rotation, T* updated, T* direction, int64_t begin, int64_t end);
+
 struct Kernels {
   GroupedKernels<float> grouped_f32;
   GroupedKernels<double> grouped_f64;
@@ -63,6 +68,8 @@ struct Kernels {
   ThinKernels<double> thin_f64;
   ThinKernels<BFloat16> thin_bf16;
   ThinKernels<Half> thin_f16;
+  FoldedAdamKernel<float> folded_adam_f32;
+  FoldedAdamKernel<double> folded_adam_f64;
 
   template <typename S>
   const GroupedKernels<S>& grouped() const;
@@ -70,6 +77,8 @@ struct Kernels {
   const RefocusKernels<T>& refocus() const;
   template <typename S>
   const ThinKernels<S>& thin() const;
+  template <typename T>
+  FoldedAdamKernel<T> folded_adam() const;
 };
 
 // clang-format off
@@ -83,6 +92,8 @@ template <> inline const ThinKernels<float>& Kernels::thin() const { return thin
 template <> inline const ThinKernels<double>& Kernels::thin() const { return thin_f64; }
 template <> inline const ThinKernels<BFloat16>& Kernels::thin() const { return thin_bf16; }
 template <> inline const ThinKernels<Half>& Kernels::thin() const { return thin_f16; }
+template <> inline FoldedAdamKernel<float> Kernels::folded_adam() const { return folded_adam_f32; }
+template <> inline FoldedAdamKernel<double> Kernels::folded_adam() const { return folded_adam_f64; }
 // clang-format on
 
 struct InstructionSet {

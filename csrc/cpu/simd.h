@@ -164,6 +164,22 @@ inline void store_partial<float>(float* to, Vec<float> v, int64_t count) {
 }
 #endif
 
+// --- every lane by itself ---
+
+template <typename T>
+inline Vec<T> square_root(Vec<T> v) {
+#if defined(__AVX2__) && REFCONV_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_sqrt_ps((__m512)v);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_sqrt_ps((__m256)v);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) v[lane] = static_cast<T>(__builtin_sqrt(v[lane]));
+  return v;
+#endif
+}
+
 // --- between lanes ---
 
 // Lane i of the result is lane f(i) of the 2 * kLanes elements in a, b; `Lane::of` computes f.

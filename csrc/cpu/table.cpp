@@ -20,8 +20,8 @@ constexpr ThinKernels<S> kThin = {thin_forward<S>, thin_backward<S>};
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    kGrouped<float>,  kGrouped<double>, kGrouped<BFloat16>, kGrouped<Half>,  kRefocus<float>,
-    kRefocus<double>, kThin<float>,     kThin<double>,      kThin<BFloat16>, kThin<Half>,
+    kGrouped<float>, kGrouped<double>, kGrouped<BFloat16>, kGrouped<Half>, kRefocus<float>,    kRefocus<double>,
+    kThin<float>,    kThin<double>,    kThin<BFloat16>,    kThin<Half>,    folded_adam<float>, folded_adam<double>,
 };
 
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -123,3 +123,12 @@ def thin_refconv2d_slower(
 ) -> str | None:
     """Why ``"auto"`` takes the two steps one by one (``docs/performance.md``); None when it does not."""
     return grouped_conv2d_slower(input, basis, groups, out_width)
+
+
+def folded_adam_limits(first: Tensor) -> str | None:
+    """Why the ``folded_adam`` kernel does not cover this problem; None when it does."""
+    return _limits(first, "first", _REFOCUS_DTYPES)
+
+
+def folded_adam_slower(first: Tensor) -> None:
+    """None: PyTorch's matrix products are never faster (``docs/performance.md``)."""
