@@ -75,3 +75,8 @@ def check_basis(basis: Tensor, groups: int, map_size: int) -> None:
         raise ValueError(
             f"basis has {basis.shape[0] * basis.shape[1]} 2-D kernels, which groups (={groups}) must divide"
         )
+
+
+def is_all_zero(tensor: Tensor) -> bool:
+    """Whether a kernel can be no basis: what is frozen at zero stays zero and gets no gradient."""
+    return not tensor.is_meta and not bool(tensor.detach().count_nonzero())

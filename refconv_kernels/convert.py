@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from refconv_kernels.modules import RefConv2d, _all_zero
+from refconv_kernels.checks import is_all_zero
+from refconv_kernels.modules import RefConv2d
 
 __all__ = ["refocus", "reparameterize"]
 
@@ -126,7 +127,7 @@ def skip_reasons(model: nn.Module, map_size: int, *, custom: bool = False) -> di
             reason = f"kernel {module.kernel_size[0]}x{module.kernel_size[1]} is smaller than map_size {map_size}"
         elif any(len(owners[id(p)]) > 1 for p in module.parameters(recurse=False)):
             reason = "its weight or bias is tied to another module"
-        elif _all_zero(module.weight):
+        elif is_all_zero(module.weight):
             reason = "its weight is all zeros"
         else:
             reason = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Optimizer
 
 from refconv_kernels import thin
+from refconv_kernels.checkpoints import NAMES
 from refconv_kernels.modules import RefConv2d, like
 from refconv_kernels.transforms import RefocusingTransformation, ThinRefocusingTransformation
 
@@ -21,9 +22,6 @@ Source = TypeVar("Source", nn.Module, Mapping[str, Any])
 _Change = tuple[
     nn.Module, Callable[[Tensor], Tensor]
 ]  # the new transformation; what is linear in the old weight, mapped
-
-# The names of a layer's tensors here and in the authors' module.
-_NAMES = (("basis_weight", "transform.weight"), ("weight", "convmap.weight"))
 
 
 def full_to_thin(source: Source, optimizer: Optimizer | None = None, *, inplace: bool = False) -> Source:
@@ -199,7 +197,7 @@ def _full_checkpoint(state: Mapping[str, Any]) -> dict[str, Any]:
 def _layers(state: Mapping[str, Any]) -> list[tuple[str, tuple[str, str]]]:
     """Prefix and names of the layers in a checkpoint."""
     found = []
-    for basis_name, weight_name in _NAMES:
+    for basis_name, weight_name in NAMES:
         for key, tensor in state.items():
             prefix = key.removesuffix(weight_name)
             if prefix == key or (prefix and not prefix.endswith(".")) or prefix + basis_name not in state:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refconv_kernels import functional, thin
+from refconv_kernels import checkpoints, functional, thin
 from refconv_kernels.autocast import no_autocast
-from refconv_kernels.checks import check_groups, check_map_size, check_padding, pair
+from refconv_kernels.checks import check_groups, check_map_size, check_padding, is_all_zero, pair
 from refconv_kernels.transforms import RefocusingTransformation, ThinRefocusingTransformation
 
 __all__ = ["RefConv2d"]
@@ -208,7 +208,7 @@ class RefConv2d(nn.Module):
         """
         if type(conv) is not nn.Conv2d:
             raise TypeError(f"conv (={type(conv).__name__}) must be exactly torch.nn.Conv2d; a subclass may differ")
-        if _all_zero(conv.weight):
+        if is_all_zero(conv.weight):
             raise ValueError("conv.weight is all zeros: a frozen zero basis stays zero and gets no gradient")
         layer = cls(
             conv.in_channels,
@@ -345,36 +345,10 @@ class RefConv2d(nn.Module):
         error_msgs: list[str],
     ) -> None:
         self._kept = None
-        # The names of a plain convolution and of the authors' module.
-        for theirs, ours in (("weight", "basis_weight"), ("convmap.weight", "transform.weight")):
-            if prefix + theirs in state_dict and prefix + ours not in state_dict:
-                state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
-        own = {f"{prefix}transform.{name}": t for name, t in self.transform.state_dict(keep_vars=True).items()}
-        factor = f"{prefix}transform.factor"
-        if not any(key.startswith(prefix + "transform.") for key in state_dict):
-            state_dict.update({key: t for key, t in own.items() if key != factor})  # a plain convolution
-
-        basis = state_dict.get(f"{prefix}basis_weight")
-        errors = []
-        for key, tensor in {f"{prefix}basis_weight": self.basis_weight, f"{prefix}bias": self.bias, **own}.items():
-            loaded = state_dict.get(key)
-            if tensor is not None and isinstance(loaded, Tensor) and loaded.shape != tensor.shape:
-                errors.append(f"size mismatch for {key}: {tuple(loaded.shape)} must be {tuple(tensor.shape)}")
-                other = {"full": 2, "thin": 4}.get(self.form or "")
-                if key == f"{prefix}transform.weight" and loaded.dim() == other:
-                    change = "thin_to_full" if self.form == "full" else "full_to_thin"
-                    errors[-1] += f" (a checkpoint of the other form: convert it with {change})"
-        if isinstance(basis, Tensor) and _all_zero(basis):
-            errors.append(f"{prefix}basis_weight is all zeros: a frozen zero basis stays zero and gets no gradient")
+        errors = checkpoints.prepare(self, state_dict, prefix, bool(local_metadata.get("assign_to_params_buffers")))
         if errors:
             error_msgs.extend(errors)
-            state_dict.update(own)  # so that the transformation, loaded after this, stays as it is too
             return
-        if self.form == "thin" and factor not in state_dict:
-            source = basis if isinstance(basis, Tensor) else self.basis_weight
-            source = source if local_metadata.get("assign_to_params_buffers") else source.to(self.basis_weight)
-            map_size: Any = self.transform.map_size
-            state_dict[factor] = functional.refocus_factor(source, self.groups, map_size)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -386,10 +360,6 @@ class RefConv2d(nn.Module):
                 text += f", {name}={getattr(self, name)!r}"
         text += "" if self.bias is not None else ", bias=False"
         return text + (", basis='trainable'" if self.basis_weight.requires_grad else "")
-
-
-def _all_zero(tensor: Tensor) -> bool:
-    return not tensor.is_meta and not bool(tensor.detach().count_nonzero())
 
 
 def like(source: nn.Module, target: Any) -> Any:
