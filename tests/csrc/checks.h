@@ -1,0 +1,108 @@
+// What the kernel tests share: element types as numbers, buffers of exactly the size that a problem states, and the
+// comparison. Outputs start as NaN, so under AddressSanitizer an access outside a tensor, and anywhere an element left
+// unwritten, is caught.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+using refconv::BFloat16;
+using refconv::Half;
+using refconv::cpu::InstructionSet;
+
+inline int failures = 0;
+inline int checks = 0;
+
+template <typename T>
+using Buffer = std::unique_ptr<T[]>;  // exact allocations: a std::vector may round its capacity up
+
+inline std::mt19937 generator(0);
+
+// What the kernels' element types hold, by their definition; `epsilon` is the distance from 1 to the next number.
+template <typename T>
+struct Element {
+  static constexpr const char* name = sizeof(T) == 4 ? " f32" : " f64";
+  static constexpr double epsilon = std::numeric_limits<T>::epsilon();
+  static double value(T x) { return x; }
+  static T nearest(double x) { return static_cast<T>(x); }
+};
+
+// A 16-bit type with `fraction` bits below the point and exponents from `smallest` on; all numbers here are normal.
+template <typename T, int fraction, int smallest>
+struct Element16 {
+  static constexpr double epsilon = 1.0 / (1 << fraction);
+  static double value(T x) {
+    const int exponent = (x.bits & 0x7fff) >> fraction, rest = x.bits & ((1 << fraction) - 1);
+    if (exponent == 0x7fff >> fraction) return rest != 0 ? std::nan("") : HUGE_VAL;
+    const double magnitude =
+        exponent == 0 ? std::ldexp(rest * epsilon, smallest) : std::ldexp(1 + rest * epsilon, exponent - 1 + smallest);
+    return x.bits & 0x8000 ? -magnitude : magnitude;
+  }
+  static T nearest(double x) {
+    if (std::isnan(x)) return T{0x7fff};
+    int exponent = 0;
+    const double mantissa = std::frexp(std::fabs(x), &exponent);
+    const int stored = exponent - smallest;
+    const double bits = stored < 1 ? 0 : std::nearbyint((2 * mantissa - 1 + stored) / epsilon);
+    return T{static_cast<uint16_t>(static_cast<int>(bits) | (x < 0 ? 0x8000 : 0))};
+  }
+};
+
+template <>
+struct Element<BFloat16> : Element16<BFloat16, 7, -126> {
+  static constexpr const char* name = " bf16";
+};
+template <>
+struct Element<Half> : Element16<Half, 10, -14> {
+  static constexpr const char* name = " f16";
+};
+
+template <typename T>
+double value(T x) {
+  return Element<T>::value(x);
+}
+
+template <typename T>
+Buffer<T> random_buffer(int64_t size) {
+  std::normal_distribution<double> normal;
+  Buffer<T> buffer(new T[size]);
+  for (int64_t i = 0; i < size; ++i) buffer[i] = Element<T>::nearest(normal(generator));
+  return buffer;
+}
+
+template <typename T>
+Buffer<T> poisoned_buffer(int64_t size) {
+  Buffer<T> buffer(new T[size]);
+  for (int64_t i = 0; i < size; ++i) buffer[i] = Element<T>::nearest(std::nan(""));
+  return buffer;
+}
+
+// Sums are made in at least float and rounded to T once.
+template <typename T>
+void expect_close(const std::string& what, const T* got, const std::vector<double>& want, double terms) {
+  const double sums = 16 * (std::sqrt(terms) + 1) * std::fmin(Element<T>::epsilon, Element<float>::epsilon);
+  const double tolerance = sums + (sizeof(T) == 2 ? 0.51 * Element<T>::epsilon : 0);
+  ++checks;
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double error = std::fabs(value(got[i]) - want[i]);
+    if (!(error <= tolerance * std::fabs(want[i]) + sums)) {
+      std::printf("FAILED %s[%zu]: got %.9g, want %.9g\n", what.c_str(), i, value(got[i]), want[i]);
+      ++failures;
+      return;
+    }
+  }
+}
+
+// Every test of one kind of kernel.
+void test_convolutions(const InstructionSet& set);
+void test_weights(const InstructionSet& set);
+void test_optimizer(const InstructionSet& set);

@@ -1,0 +1,239 @@
+// Convolutions against loops written from the equations in csrc/problem.h, in double.
+#include "checks.h"
+
+using refconv::GroupedProblem;
+
+namespace {
+
+// Calls visit(out index, in index, weight index) for every term of the convolution.
+template <typename Visit>
+void for_each_term(const GroupedProblem& p, const Visit& visit) {
+  for (int64_t n = 0; n < p.batch; ++n)
+    for (int64_t co = 0; co < p.out_channels(); ++co)
+      for (int64_t i = 0; i < p.out_h; ++i)
+        for (int64_t j = 0; j < p.out_w; ++j)
+          for (int64_t a = 0; a < p.kernel_h; ++a)
+            for (int64_t b = 0; b < p.kernel_w; ++b) {
+              const int64_t h = i * p.stride_h - p.pad_h + a * p.dilation_h;
+              const int64_t w = j * p.stride_w - p.pad_w + b * p.dilation_w;
+              if (h < 0 || h >= p.in_h || w < 0 || w >= p.in_w) continue;
+              for (int64_t m = 0; m < p.per_group; ++m) {
+                const int64_t ci = co / p.multiplier * p.per_group + m;
+                visit(((n * p.out_channels() + co) * p.out_h + i) * p.out_w + j,
+                      ((n * p.channels + ci) * p.in_h + h) * p.in_w + w,
+                      ((co * p.per_group + m) * p.kernel_h + a) * p.kernel_w + b);
+              }
+            }
+}
+
+// All results of one problem, in NCHW.
+struct Expected {
+  std::vector<double> y, y_biased, dx, dw, db;
+
+  template <typename T>
+  Expected(const GroupedProblem& p, const T* x, const T* w, const T* bias, const T* grad)
+      : y(p.batch * p.out_channels() * p.out_size()),
+        dx(p.batch * p.channels * p.in_size()),
+        dw(p.out_channels() * p.per_group * p.taps()),
+        db(p.out_channels()) {
+    for_each_term(p, [&](int64_t o, int64_t i, int64_t t) {
+      y[o] += value(w[t]) * value(x[i]);
+      dx[i] += value(w[t]) * value(grad[o]);
+      dw[t] += value(x[i]) * value(grad[o]);
+    });
+    y_biased = y;
+    for (size_t o = 0; o < y.size(); ++o) {
+      const int64_t channel = static_cast<int64_t>(o) / p.out_size() % p.out_channels();
+      db[channel] += value(grad[o]);
+      y_biased[o] += value(bias[channel]);
+    }
+  }
+};
+
+template <typename T>
+void test_grouped(const refconv::cpu::GroupedKernels<T>& kernels, const std::string& isa, const GroupedProblem& p) {
+  const int64_t x_size = p.batch * p.channels * p.in_h * p.in_w, w_size = p.out_channels() * p.per_group * p.taps();
+  const int64_t y_size = p.batch * p.out_channels() * p.out_h * p.out_w;
+  const Buffer<T> x = random_buffer<T>(x_size), w = random_buffer<T>(w_size);
+  const Buffer<T> bias = random_buffer<T>(p.out_channels()), dy = random_buffer<T>(y_size);
+  const std::string name = isa + Element<T>::name + " K" + std::to_string(p.kernel_h) + "x" +
+                           std::to_string(p.kernel_w) + " s" + std::to_string(p.stride_h) + std::to_string(p.stride_w) +
+                           " p" + std::to_string(p.pad_h) + std::to_string(p.pad_w) + " d" +
+                           std::to_string(p.dilation_h) + std::to_string(p.dilation_w) + " g" +
+                           std::to_string(p.per_group) + " m" + std::to_string(p.multiplier) + " " +
+                           std::to_string(p.in_h) + "x" + std::to_string(p.in_w);
+
+  const Expected want(p, x.get(), w.get(), bias.get(), dy.get());
+  const int64_t out_plane = p.out_size();
+
+  // Split unevenly, as threads would.
+  const int64_t planes = p.batch * p.out_channels(), channel_cut = p.channels / 3, plane_cut = planes / 3;
+  Buffer<T> y = poisoned_buffer<T>(y_size);
+  kernels.forward(p, x.get(), w.get(), bias.get(), y.get(), 0, plane_cut);
+  kernels.forward(p, x.get(), w.get(), bias.get(), y.get(), plane_cut, planes);
+  expect_close("forward " + name, y.get(), want.y_biased, p.per_group * p.taps());
+  y = poisoned_buffer<T>(y_size);
+  kernels.forward(p, x.get(), w.get(), nullptr, y.get(), 0, planes);
+  expect_close("forward without bias " + name, y.get(), want.y, p.per_group * p.taps());
+
+  for (int wanted = 1; wanted < 8; ++wanted) {  // every combination of outputs
+    Buffer<T> dx = poisoned_buffer<T>(x_size), dw = poisoned_buffer<T>(w_size);
+    Buffer<T> db = poisoned_buffer<T>(p.out_channels());
+    const auto run = [&](int64_t begin, int64_t end) {
+      kernels.backward(p, dy.get(), x.get(), w.get(), wanted & 1 ? dx.get() : nullptr, wanted & 2 ? dw.get() : nullptr,
+                       wanted & 4 ? db.get() : nullptr, begin, end);
+    };
+    run(0, channel_cut);
+    run(channel_cut, p.channels);
+    if (wanted & 1) expect_close("dx " + name, dx.get(), want.dx, p.taps() * p.multiplier);
+    if (wanted & 2) expect_close("dW " + name, dw.get(), want.dw, p.batch * out_plane);
+    if (wanted & 4) expect_close("dbias " + name, db.get(), want.db, p.batch * out_plane);
+  }
+}
+
+// `from` [n, c, size] as [n, size, c].
+template <typename Container>
+void channels_last(const Container& from, int64_t batch, int64_t channels, int64_t size, Container* to) {
+  for (int64_t n = 0; n < batch; ++n)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t k = 0; k < size; ++k) (*to)[(n * size + k) * channels + c] = from[(n * channels + c) * size + k];
+}
+
+template <typename T>
+void test_nhwc(const refconv::cpu::GroupedKernels<T>& kernels, const std::string& isa, const GroupedProblem& p) {
+  const int64_t x_size = p.batch * p.channels * p.in_size(), y_size = p.batch * p.channels * p.out_size();
+  const Buffer<T> x = random_buffer<T>(x_size), w = random_buffer<T>(p.channels * p.taps());
+  const Buffer<T> bias = random_buffer<T>(p.channels), dy = random_buffer<T>(y_size);
+  const Expected want(p, x.get(), w.get(), bias.get(), dy.get());
+  std::vector<double> want_y(y_size), want_dx(x_size);
+  Buffer<T> x_last(new T[x_size]), dy_last(new T[y_size]);
+  channels_last(want.y_biased, p.batch, p.channels, p.out_size(), &want_y);
+  channels_last(want.dx, p.batch, p.channels, p.in_size(), &want_dx);
+  channels_last(x, p.batch, p.channels, p.in_size(), &x_last);
+  channels_last(dy, p.batch, p.channels, p.out_size(), &dy_last);
+  const std::string name = isa + Element<T>::name + " nhwc C" + std::to_string(p.channels) + " K" +
+                           std::to_string(p.kernel_h) + "x" + std::to_string(p.kernel_w) + " s" +
+                           std::to_string(p.stride_h) + std::to_string(p.stride_w) + " " + std::to_string(p.in_h) +
+                           "x" + std::to_string(p.in_w);
+  const int64_t out_rows = p.batch * p.out_h, rows = p.batch * p.in_h;
+  Buffer<T> got = poisoned_buffer<T>(y_size);
+  kernels.nhwc_forward(p, x_last.get(), w.get(), bias.get(), got.get(), 0, out_rows / 3);
+  kernels.nhwc_forward(p, x_last.get(), w.get(), bias.get(), got.get(), out_rows / 3, out_rows);
+  expect_close("forward " + name, got.get(), want_y, p.taps());
+
+  const int64_t chunks = 3, totals_size = (p.taps() + 1) * p.channels;
+  for (const bool wanted : {true, false}) {
+    std::vector<double> totals(chunks * totals_size);
+    got = poisoned_buffer<T>(x_size);
+    for (int64_t k = 0; k < chunks; ++k) {
+      double* sums = totals.data() + k * totals_size;
+      kernels.nhwc_backward(p, dy_last.get(), x_last.get(), w.get(), wanted ? got.get() : nullptr, sums,
+                            rows * k / chunks, rows * (k + 1) / chunks);
+      kernels.nhwc_bias(p, dy_last.get(), sums + p.taps() * p.channels, out_rows * k / chunks,
+                        out_rows * (k + 1) / chunks);
+    }
+    Buffer<T> got_dw = poisoned_buffer<T>(p.channels * p.taps()), got_db = poisoned_buffer<T>(p.channels);
+    kernels.nhwc_reduce(p, totals.data(), chunks, got_dw.get(), wanted ? got_db.get() : nullptr);
+    if (wanted) expect_close("dx " + name, got.get(), want_dx, p.taps());
+    expect_close("dW " + name, got_dw.get(), want.dw, p.batch * p.out_size());
+    if (wanted) expect_close("dbias " + name, got_db.get(), want.db, p.batch * p.out_size());
+  }
+}
+
+GroupedProblem depthwise(int64_t channels, int64_t multiplier, int64_t in_h, int64_t in_w, int64_t kernel_h,
+                         int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
+                         int64_t dilation_h, int64_t dilation_w) {
+  GroupedProblem p{2,        channels, multiplier, in_h,  in_w,  0,          0,         kernel_h,
+                   kernel_w, stride_h, stride_w,   pad_h, pad_w, dilation_h, dilation_w};
+  p.out_h = (in_h + 2 * pad_h - (kernel_h - 1) * dilation_h - 1) / stride_h + 1;
+  p.out_w = (in_w + 2 * pad_w - (kernel_w - 1) * dilation_w - 1) / stride_w + 1;
+  return p;
+}
+
+// The same with `per_group` input channels per group, `groups` groups.
+GroupedProblem grouped(int64_t groups, int64_t per_group, GroupedProblem p) {
+  p.channels = groups * per_group;
+  p.per_group = per_group;
+  return p;
+}
+
+template <typename T>
+void test_grouped_all(const refconv::cpu::InstructionSet& set) {
+  const auto& kernels = set.kernels.grouped<T>();
+  const std::string isa = set.name;
+  // Widths straddle one and two vectors of every instruction set (2 to 16 lanes).
+  for (const int64_t width : {1, 2, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 31, 32, 33}) {
+    for (const int64_t kernel : {1, 2, 3, 5, 7}) {
+      test_grouped(kernels, isa, depthwise(3, 1, 6, width, kernel, kernel, 1, 1, kernel / 2, kernel / 2, 1, 1));
+    }
+    for (const int64_t kernel : {3, 5, 7}) {
+      test_grouped(kernels, isa, depthwise(2, 1, 9, width, kernel, kernel, 2, 2, kernel / 2, kernel / 2, 1, 1));
+    }
+    test_grouped(kernels, isa, depthwise(2, 2, 5, width, 3, 3, 1, 1, 1, 1, 1, 1));
+    test_grouped(kernels, isa, depthwise(2, 1, 7, width, 3, 5, 2, 1, 0, 4, 2, 2));
+  }
+  test_grouped(kernels, isa, depthwise(4, 3, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
+  test_grouped(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));    // more padding than kernel
+  test_grouped(kernels, isa, depthwise(1, 1, 3, 3, 2, 2, 5, 5, 0, 0, 1, 1));    // stride beyond the kernel
+  test_grouped(kernels, isa, depthwise(1, 2, 13, 14, 4, 6, 4, 6, 1, 2, 6, 4));  // strides and dilations in common
+  test_grouped(kernels, isa, depthwise(1, 1, 20, 40, 11, 31, 1, 1, 5, 15, 1, 1));
+  test_grouped(kernels, isa, depthwise(1, 1, 40, 20, 3, 3, 1, 3, 4, 4, 4, 4));
+  test_grouped(kernels, isa, depthwise(1, 1, 21, 500, 5, 5, 1, 1, 2, 2, 1, 1));  // several strips of a plane
+  test_grouped(kernels, isa, depthwise(1, 1, 21, 500, 7, 7, 2, 2, 3, 3, 1, 1));
+  test_grouped(kernels, isa, depthwise(1, 2, 31, 200, 3, 3, 3, 3, 1, 1, 1, 1));
+  for (const int64_t width : {1, 5, 8, 16, 17, 33}) {
+    for (const int64_t kernel : {1, 3, 5}) {
+      const int64_t pad = kernel / 2;
+      test_grouped(kernels, isa, grouped(2, 2, depthwise(0, 3, 6, width, kernel, kernel, 1, 1, pad, pad, 1, 1)));
+      test_grouped(kernels, isa, grouped(3, 3, depthwise(0, 1, 9, width, kernel, kernel, 2, 2, pad, pad, 1, 1)));
+    }
+  }
+  for (const int64_t per_group : {4, 15, 16, 17}) {  // the unrolled kernels hold the weights of 16
+    test_grouped(kernels, isa, grouped(2, per_group, depthwise(0, 2, 5, 18, 3, 3, 1, 1, 1, 1, 1, 1)));
+  }
+  test_grouped(kernels, isa, grouped(2, 3, depthwise(0, 2, 9, 12, 3, 2, 2, 3, 1, 0, 2, 1)));
+}
+
+template <typename T>
+void test_nhwc_all(const refconv::cpu::InstructionSet& set) {
+  const auto& kernels = set.kernels.grouped<T>();
+  const std::string isa = set.name;
+  for (const int64_t channels : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33}) {  // straddle the vectors
+    test_nhwc(kernels, isa, depthwise(channels, 1, 6, 11, 3, 3, 1, 1, 1, 1, 1, 1));
+    test_nhwc(kernels, isa, depthwise(channels, 1, 9, 10, 3, 3, 2, 2, 1, 1, 1, 1));
+  }
+  for (const int64_t width : {1, 3, 4, 5, 7, 8, 9, 16, 17, 27}) {  // straddle the pixels at once
+    for (const int64_t kernel : {1, 2, 5, 7}) {
+      test_nhwc(kernels, isa, depthwise(5, 1, 6, width, kernel, kernel, 1, 1, kernel / 2, kernel / 2, 1, 1));
+      test_nhwc(kernels, isa, depthwise(5, 1, 8, 2 * width, kernel, kernel, 2, 2, kernel / 2, kernel / 2, 1, 1));
+    }
+    test_nhwc(kernels, isa, depthwise(5, 1, 7, width, 3, 5, 2, 1, 0, 4, 2, 2));
+  }
+  test_nhwc(kernels, isa, depthwise(4, 1, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
+  test_nhwc(kernels, isa, depthwise(2, 1, 3, 3, 2, 2, 5, 5, 0, 0, 1, 1));
+  test_nhwc(kernels, isa, depthwise(2, 1, 13, 14, 4, 6, 4, 6, 1, 2, 6, 4));
+  test_nhwc(kernels, isa, depthwise(3, 1, 20, 40, 11, 31, 1, 1, 5, 15, 1, 1));
+  test_nhwc(kernels, isa, depthwise(3, 1, 9, 1100, 3, 3, 1, 1, 1, 1, 1, 1));  // several strips of rows
+}
+
+// Outputs large enough to be written around the cache.
+void test_large(const refconv::cpu::InstructionSet& set) {
+  const auto& kernels = set.kernels.grouped<float>();
+  test_grouped(kernels, set.name, depthwise(4, 1, 512, 1040, 3, 3, 1, 1, 1, 1, 1, 1));
+  test_grouped(kernels, set.name, depthwise(4, 1, 512, 1033, 3, 3, 2, 2, 1, 1, 1, 1));
+  test_nhwc(kernels, set.name, depthwise(32, 1, 256, 260, 3, 3, 1, 1, 1, 1, 1, 1));
+}
+
+}  // namespace
+
+void test_convolutions(const InstructionSet& set) {
+  test_grouped_all<float>(set);
+  test_grouped_all<double>(set);
+  test_grouped_all<BFloat16>(set);
+  test_grouped_all<Half>(set);
+  test_nhwc_all<float>(set);
+  test_nhwc_all<double>(set);
+  test_nhwc_all<BFloat16>(set);
+  test_nhwc_all<Half>(set);
+  test_large(set);
+}
