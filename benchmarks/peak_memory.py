@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.formulations import with_two_convolutions
 from benchmarks.networks import NETWORKS, training_step
-from refconv_kernels import RefConv2d, full_to_thin, refocus
+from refconv_kernels import RefConv2d, refocus
 
 STEPS = 3
 
@@ -28,11 +28,11 @@ def _build(name: str, formulation: str) -> nn.Module:
     plain = NETWORKS[name][0]()
     if formulation == "plain":
         return plain
+    if formulation == "thin":  # without a full form before it
+        return refocus(plain, inplace=True, form="thin")
     ours = refocus(plain)
     if formulation == "ours":
         return ours
-    if formulation == "thin":
-        return full_to_thin(ours, inplace=True)
     return with_two_convolutions(plain, {n for n, m in ours.named_modules() if isinstance(m, RefConv2d)})
 
 
