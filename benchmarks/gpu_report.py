@@ -2,8 +2,9 @@
 
 Runs the tests of the Triton kernels and stops if one fails. Then measures layers and weight transforms (kernel times:
 CUDA graphs, caches flushed, medians of events) and whole training steps, against plain convolutions, the
-two-convolution formulation, eager and compiled, and a ``clone()`` of as many bytes. Layers and transforms are checked
-against float64 before they are measured. Writes ``benchmarks/results/<gpu>.json`` and prints its table.
+two-convolution formulation, eager and compiled, and a ``clone()`` of as many bytes; ours in the full form ("ours") and,
+where that has fewer numbers, in the thin one. Layers and transforms are checked against float64 before they are
+measured. Writes ``benchmarks/results/<gpu>.json`` and prints its table.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from benchmarks.agreement import Agreement
 from benchmarks.formulations import float64_reference, layer_formulations, network_formulations
 from benchmarks.layers import LAYERS, Layer
 from benchmarks.networks import ConvNeXtTiny, MobileNetV2, ResNet18, training_step
+from refconv_kernels import RefConv2d, refocus, thin
 
+_TESTS = ("tests/test_triton.py", "tests/test_triton_thin.py")
 ROUNDS = 15
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -94,6 +97,17 @@ def _autocast(dtype: torch.dtype, device: str) -> AbstractContextManager[Any]:
     return nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
 
 
+def _in_thin_form(conv: nn.Conv2d, refocusing: Tensor) -> tuple[RefConv2d, Tensor] | None:
+    """A layer in the thin form that computes what ``W_r`` does, and Q; None where the thin form is the full one."""
+    layer = RefConv2d.from_conv(conv, form="thin", init="zeros")
+    if layer.form != "thin":
+        return None
+    rotation, _ = thin.decompose(layer.basis_weight, layer.groups, refocusing.shape[-1])
+    with torch.no_grad():
+        layer.transform.weight.copy_(thin.project(refocusing, rotation))
+    return layer, rotation
+
+
 class _Problem:
     """The formulations of one layer on one device, their input and cotangent."""
 
@@ -103,6 +117,9 @@ class _Problem:
         arguments = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
         conv = nn.Conv2d(*arguments, groups=layer.groups, bias=False).to(device)
         self.modules = layer_formulations(conv)
+        self.rotation: Tensor | None = None
+        if (form := _in_thin_form(conv, self.modules["two_convolutions"].transform.weight)) is not None:
+            self.modules["thin"], self.rotation = form
         x = torch.randn(batch, layer.in_channels, layer.height, layer.width, device=device, dtype=dtype)
         self.input = x.contiguous(memory_format=layout).requires_grad_(not layer.is_stem)
         with torch.no_grad(), _autocast(dtype, device):
@@ -128,8 +145,12 @@ class _Problem:
     def check(self) -> None:
         """Raise AssertionError unless ours is as near to float64 as the two convolutions are."""
         expected = self.training(float64_reference(self.modules["two_convolutions"]), torch.float64)
-        agreement = Agreement(expected, self.training(self.modules["two_convolutions"]))
-        agreement.require("ours", self.training(self.modules["ours"]))
+        baseline = self.training(self.modules["two_convolutions"])
+        Agreement(expected, baseline).require("ours", self.training(self.modules["ours"]))
+        if self.rotation is not None:
+            for results in (expected, baseline):  # the gradient of E is that of W_r, times Q
+                results["transform.weight"] = thin.project(results["transform.weight"], self.rotation)
+            Agreement(expected, baseline).require("thin", self.training(self.modules["thin"]))
 
 
 def _clone(timer: Timer, bytes_moved: int, device: str) -> float:
@@ -201,7 +222,9 @@ def steps(timer: Timer, device: str, networks: dict[str, Any]) -> Iterator[Row]:
             for layout_name, layout in LAYOUTS.items():
                 torch.manual_seed(0)
                 times, peaks = {}, {}
-                for formulation, model in network_formulations(build()).items():
+                plain = build()
+                models = {**network_formulations(plain), "thin": refocus(plain, form="thin", init="zeros")}
+                for formulation, model in models.items():
                     model = model.to(device, memory_format=layout)
                     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
                     labels = torch.randint(1000, (batch,), device=device)
@@ -251,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
-    if subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "tests/test_triton.py"]).returncode != 0:
+    if subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *_TESTS]).returncode != 0:
         print("no figures: a test failed", file=sys.stderr)
         return 1
     started, timer, rows, unfinished = time.monotonic(), Timer("cuda"), [], False

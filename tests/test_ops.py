@@ -213,6 +213,14 @@ def test_infinity_reaches_only_the_taps_that_see_it() -> None:
 def _samples(name: str, case: Case) -> tuple[object, ...]:
     x, (basis, refocus, bias) = case.input(torch.float32), case.tensors(torch.float32)
     geometry = (list(case.stride), list(case.padding), list(case.dilation))
+    factor = functional.refocus_factor(basis, case.groups, case.map_size)
+    thin = (basis, torch.randn(refocus.shape[0], factor.shape[1]), factor)
+    if name == "thin_refocus_weight":
+        return *thin, True
+    if name == "thin_refocus_weight_backward":
+        return torch.randn_like(basis), factor
+    if name == "thin_refconv2d":
+        return x, *thin, bias, True, *geometry
     if name == "refocus_weight":
         return basis, refocus, True
     if name == "refocus_weight_backward":
@@ -225,6 +233,8 @@ def _samples(name: str, case: Case) -> tuple[object, ...]:
     if name == "refconv2d_backward":
         sizes = (case.groups, case.map_size)
         return grad, x, torch.randn_like(basis), basis, *sizes, *geometry, True, False, True, case.bias
+    if name == "thin_refconv2d_backward":
+        return grad, x, *thin, True, *geometry, True, False, True, case.bias
     return grad, x, basis, *geometry, True, case.bias, False
 
 
