@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from refconv_kernels.backends.triton import depthwise, fused, refocus
+from refconv_kernels.backends.triton import depthwise, fused, refocus, thin
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -81,7 +81,7 @@ class Compiled:
 
 
 def problems(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Names of problems, and calls that launch all kernels of one."""
+    """Names of problems, and calls that launch all kernels of one; the thin form of each comes after the full one."""
     dtypes = [torch.float32, torch.bfloat16] + ([] if quick else [torch.float16, torch.float64])
     for channels, size, kernel, stride, dilation, multiplier in LAYERS[:6:2] if quick else LAYERS:
         pads = [[v, v] for v in (stride, dilation * (kernel // 2), dilation)]
@@ -98,6 +98,16 @@ def problems(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
                 if not quick:
                     yield name, partial(depthwise.backward, dy, x, weight, *pads, True, False, False)
                     yield name, partial(depthwise.backward, dy, x, weight, *pads, False, True, False)
+                if not quick or (kernel, size) == (3, 56):
+                    taps = kernel * kernel
+                    coordinates = torch.empty(channels * multiplier, taps, dtype=dtype)
+                    factor = torch.empty(multiplier, taps, taps, dtype=dtype)
+                    form, name = (x, weight, coordinates, factor), name + " thin"
+                    yield name, partial(thin.convolution_forward, *form, weight[:, 0, 0, 0], True, *pads)
+                    yield name, partial(thin.convolution_backward, dy, *form, True, *pads, True, False, True, True)
+                    if not quick:
+                        yield name, partial(thin.convolution_forward, *form, None, False, *pads)
+                        yield name, partial(thin.convolution_backward, dy, *form, True, *pads, False, True, True, False)
     for dtype in dtypes[:1] if quick else (torch.float32, torch.float64):
         for size, stride in ((7, 1), (14, 2)):
             x, basis = torch.empty(8, 960, size, size, dtype=dtype), torch.empty(960, 1, 3, 3, dtype=dtype)
@@ -119,6 +129,14 @@ def problems(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
                 name = f"{'x'.join(map(str, shape))} g{groups} k{map_size} {str(dtype)[6:]}"
                 yield name, partial(refocus.forward, basis, maps, True)
                 yield name, partial(refocus.backward, basis, basis, groups, map_size)
+            if quick and dtype == torch.float64:
+                continue
+            kernels, taps = shape[0] * shape[1], shape[2] * shape[3]
+            rank = min(9 * groups, taps)
+            name = f"{'x'.join(map(str, shape))} g{groups} r{rank} {str(dtype)[6:]}"
+            factor = torch.empty(kernels // groups, rank, taps, dtype=dtype)
+            yield name, partial(thin.forward, basis, torch.empty(kernels, rank, dtype=dtype), factor, True)
+            yield name, partial(thin.backward, basis, factor)
 
 
 def compile_for(target: str, quick: bool = False) -> Iterator[Compiled]:

@@ -2,8 +2,9 @@
 
 Runs the tests of the Triton kernels and stops if one fails. Then measures layers and weight transforms (kernel times:
 CUDA graphs, caches flushed, medians of events) and whole training steps, against plain convolutions, the
-two-convolution formulation, eager and compiled, and a ``clone()`` of as many bytes. Layers and transforms are checked
-against float64 before they are measured. Writes ``benchmarks/results/<gpu>.json`` and prints its table.
+two-convolution formulation, eager and compiled, and a ``clone()`` of as many bytes; ours in the full form ("ours") and,
+where that has fewer numbers, in the thin one. Layers and transforms are checked against float64 before they are
+measured. Writes ``benchmarks/results/<gpu>.json`` and prints its table.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ import triton
 from torch import Tensor, nn
 
 from benchmarks.agreement import Agreement
-from benchmarks.formulations import float64_reference, layer_formulations, network_formulations
+from benchmarks.formulations import as_full, float64_reference, layer_formulations, network_formulations
 from benchmarks.layers import LAYERS, Layer
 from benchmarks.networks import ConvNeXtTiny, MobileNetV2, ResNet18, training_step
 
+_TESTS = ("tests/test_triton.py", "tests/test_triton_thin.py")
 ROUNDS = 15
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -103,6 +105,8 @@ class _Problem:
         arguments = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
         conv = nn.Conv2d(*arguments, groups=layer.groups, bias=False).to(device)
         self.modules = layer_formulations(conv)
+        if self.modules["thin"].form != "thin":  # the forms are one
+            del self.modules["thin"]
         x = torch.randn(batch, layer.in_channels, layer.height, layer.width, device=device, dtype=dtype)
         self.input = x.contiguous(memory_format=layout).requires_grad_(not layer.is_stem)
         with torch.no_grad(), _autocast(dtype, device):
@@ -123,13 +127,15 @@ class _Problem:
         with _autocast(self.dtype, self.device) if dtype is None else nullcontext():
             y = module(x)
         grads = torch.autograd.grad(y, list(wanted.values()), self.grad.to(y.dtype))
-        return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
+        return {"y": y.detach(), **as_full(module, dict(zip(wanted, grads, strict=True)))}
 
     def check(self) -> None:
         """Raise AssertionError unless ours is as near to float64 as the two convolutions are."""
         expected = self.training(float64_reference(self.modules["two_convolutions"]), torch.float64)
         agreement = Agreement(expected, self.training(self.modules["two_convolutions"]))
-        agreement.require("ours", self.training(self.modules["ours"]))
+        for formulation in ("ours", "thin"):
+            if formulation in self.modules:
+                agreement.require(formulation, self.training(self.modules[formulation]))
 
 
 def _clone(timer: Timer, bytes_moved: int, device: str) -> float:
@@ -251,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
-    if subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "tests/test_triton.py"]).returncode != 0:
+    if subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *_TESTS]).returncode != 0:
         print("no figures: a test failed", file=sys.stderr)
         return 1
     started, timer, rows, unfinished = time.monotonic(), Timer("cuda"), [], False

@@ -1,7 +1,8 @@
 """The Triton GPU backend (NVIDIA and AMD): which problems its kernels cover, and the operators over them.
 
-The kernels are in :mod:`.depthwise` and :mod:`.refocus`; Triton is imported when one is first launched. With
-``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs them on tensors in main memory, slowly, for tests.
+The kernels are in :mod:`.depthwise_kernels`, :mod:`.refocus`, :mod:`.fused` and :mod:`.thin`; Triton is imported when
+one is first launched. With ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs them on tensors in main
+memory, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -82,12 +83,40 @@ def refconv2d_how(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, ou
     return f"as separate kernels: {facts}; {rule}"
 
 
+def thin_refocus_weight_limits(basis: Tensor, coordinates: Tensor, factor: Tensor) -> str | None:
+    """Why the ``thin_refocus_weight`` kernel does not cover this problem; None when it does."""
+    return _limits(basis, "basis", _CONV_DTYPES)
+
+
+def thin_refconv2d_limits(
+    input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, out_width: int
+) -> str | None:
+    """Why the ``thin_refconv2d`` kernels, both steps in one call, do not cover this problem; None when they do."""
+    transform = thin_refocus_weight_limits(basis, coordinates, factor)
+    return transform or grouped_conv2d_limits(input, basis, groups, out_width)
+
+
+def thin_refconv2d_how(
+    input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, out_width: int
+) -> str:
+    """Whether the convolution's kernels make ``W_t`` themselves, and why."""
+    from refconv_kernels.backends.triton import thin
+
+    multiplier = basis.shape[0] // input.shape[1]
+    facts = f"{factor.shape[1]} coordinates for {'x'.join(map(str, basis.shape[2:]))} kernels, multiplier {multiplier}"
+    if thin.in_registers(input, basis, factor):
+        return f"with W_t made in registers: {facts}"
+    rule = f"registers take {thin.MOST} coordinates and taps at most, and multiplier 1"
+    return f"with a kernel of its own for W_t: {facts}; {rule}"
+
+
 def _slower(*_: Any) -> str | None:
     """Why ``"auto"`` leaves a problem to PyTorch; None when it does not."""
     return "Triton's interpreter is for tests" if INTERPRETED else None
 
 
 refocus_weight_slower = grouped_conv2d_slower = refconv2d_slower = _slower
+thin_refocus_weight_slower = thin_refconv2d_slower = _slower
 
 
 # --- the operators -------------------------------------------------------------------------------------------
@@ -173,6 +202,30 @@ def _refconv2d_backward(
     return grad_input, grad_weight, grad_refocus, grad_bias
 
 
+def _thin_refocus_weight(basis: Tensor, coordinates: Tensor, factor: Tensor, identity: bool) -> Tensor:
+    from refconv_kernels.backends.triton import thin
+
+    return thin.forward(basis, coordinates, factor, identity)
+
+
+def _thin_refocus_weight_backward(grad_transformed: Tensor, factor: Tensor) -> Tensor:
+    from refconv_kernels.backends.triton import thin
+
+    return thin.backward(grad_transformed, factor)
+
+
+def _thin_refconv2d(*arguments: Any) -> Tensor:
+    from refconv_kernels.backends.triton import thin
+
+    return thin.convolution_forward(*arguments)
+
+
+def _thin_refconv2d_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from refconv_kernels.backends.triton import thin
+
+    return thin.convolution_backward(*arguments)
+
+
 #: Implementations of the operators ``refconv_triton::<name>`` (schemas: :mod:`refconv_kernels.ops`).
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "refocus_weight": _refocus_weight,
@@ -181,6 +234,10 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "grouped_conv2d_backward": _grouped_conv2d_backward,
     "refconv2d": _refconv2d,
     "refconv2d_backward": _refconv2d_backward,
+    "thin_refocus_weight": _thin_refocus_weight,
+    "thin_refocus_weight_backward": _thin_refocus_weight_backward,
+    "thin_refconv2d": _thin_refconv2d,
+    "thin_refconv2d_backward": _thin_refconv2d_backward,
 }
 #: The dispatch key they are registered for.
 DISPATCH_KEY = "CPU" if INTERPRETED else "CUDA"

@@ -13,15 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refconv_kernels.backends.triton.depthwise import (
-    NOWHERE,
-    _bias_tap,
-    _constants,
-    _coordinates,
-    _strides,
-    _within,
+from refconv_kernels.backends.triton.depthwise_kernels import NOWHERE, _coordinates, _within
+from refconv_kernels.backends.triton.launch import (
+    accumulator,
+    bias_tap,
+    constants,
+    device_of,
+    power_of_2,
+    registers,
+    strides,
 )
-from refconv_kernels.backends.triton.launch import accumulator, device_of, power_of_2, registers
 from refconv_kernels.backends.triton.refocus import _seen
 from refconv_kernels.geometry import output_format, output_size
 
@@ -168,14 +169,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``(y, W_t)``; arguments as in the operator ``refconv2d``."""
     x, basis, refocus = input.contiguous(), basis.contiguous(), refocus.contiguous()
+    bias = None if bias is None else bias.contiguous()
     transformed = torch.empty_like(basis)
     size = output_size(x, basis, stride, padding, dilation)
     y = x.new_empty(x.shape[0], basis.shape[0], *size)
     with device_of(x):
         fused_forward_kernel[(basis.shape[0],)](
             x, basis, refocus, bias, y, transformed, x.shape[0], refocus.shape[1],
-            triton.cdiv(x.shape[0] * size[0] * size[1], _BLOCK_P), *_strides(x), *_strides(y),
-            **_constants(x, basis, y, stride, padding, dilation),
+            triton.cdiv(x.shape[0] * size[0] * size[1], _BLOCK_P), *strides(x), *strides(y),
+            **constants(x, basis, y, stride, padding, dilation),
             MAP=refocus.shape[2], IDENTITY=identity, HAS_BIAS=bias is not None, ACCUMULATOR=accumulator(x),
             BLOCK_P=_BLOCK_P, BLOCK_L=_BLOCK_L, BLOCK_S=power_of_2(basis[0].numel()), **registers(x, 224),
         )  # fmt: skip
@@ -197,8 +199,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dx, dW_t, dW_r, dbias)``, of which dx and dbias are empty where not needed."""
     dy, x, transformed, basis = (t.contiguous() for t in (grad_output, input, transformed, basis))
-    constants = _constants(x, basis, dy, stride, padding, dilation)
-    bias_tap = _bias_tap(constants) if need_bias else -1
+    sizes = constants(x, basis, dy, stride, padding, dilation)
+    dbias_tap = bias_tap(sizes) if need_bias else -1
     dx = torch.empty_like(x) if need_input else x.new_empty(0)
     grad_weight = torch.empty_like(basis)
     grad_refocus = basis.new_empty(basis.shape[0] * basis.shape[1], group_size, map_size, map_size)
@@ -207,10 +209,10 @@ def backward(
         fused_backward_kernel[(basis.shape[0],)](
             dy, x, transformed, basis, dx if need_input else None, grad_weight, grad_bias, grad_refocus,
             x.shape[0], group_size, triton.cdiv(x.shape[0] * x.shape[2] * x.shape[3], _BLOCK_P),
-            *_strides(x), *_strides(dy), **constants,
-            MAP=map_size, BIAS_TAP=bias_tap, ACCUMULATOR=accumulator(x),
+            *strides(x), *strides(dy), **sizes,
+            MAP=map_size, BIAS_TAP=dbias_tap, ACCUMULATOR=accumulator(x),
             BLOCK_P=_BLOCK_P, BLOCK_L=_BLOCK_L, **registers(x, 224),
         )  # fmt: skip
-        if need_bias and bias_tap < 0:
+        if need_bias and dbias_tap < 0:
             torch.sum(dy, (0, 2, 3), out=grad_bias)
     return dx, grad_weight, grad_refocus, grad_bias

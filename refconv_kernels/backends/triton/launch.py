@@ -36,3 +36,39 @@ def registers(tensor: Tensor, most: int) -> dict[str, Any]:
     if INTERPRETED or torch.version.hip:
         return {}
     return {"maxnreg": 255 if tensor.dtype == torch.float64 else most}
+
+
+def strides(feature_map: Tensor) -> tuple[int, int, int]:
+    """Elements from one image, channel and pixel to the next, of a map that is NCHW or channels_last."""
+    batch_stride, channel_stride, _, column_stride = feature_map.stride()
+    return batch_stride, channel_stride, column_stride
+
+
+def blocks(channels: int, channels_last: bool, elements: int | None = None) -> tuple[int, int]:
+    """BLOCK_P and BLOCK_C of a tile of that many elements: by default 4 per thread in NCHW, 8 in channels_last."""
+    block_c = min(power_of_2(channels), 64) if channels_last else 1
+    return (elements or (1024 if channels_last else 512)) // block_c, block_c
+
+
+def constants(
+    input: Tensor, weight: Tensor, out: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> dict[str, int]:
+    values = {
+        "IN": input.shape[2:], "OUT": out.shape[2:], "KERNEL": weight.shape[2:],
+        "STRIDE": stride, "PAD": padding, "DILATION": dilation,
+    }  # fmt: skip
+    sizes = {f"{name}_{axis}": int(pair[d]) for name, pair in values.items() for d, axis in enumerate("HW")}
+    return {"MULTIPLIER": weight.shape[0] // input.shape[1], **sizes}
+
+
+def bias_tap(constants: dict[str, int]) -> int:
+    """A tap at which the pixels of x meet every pixel of dy once; -1 when there is none."""
+    tap = 0
+    for axis in "HW":
+        pad, dilation = constants[f"PAD_{axis}"], constants[f"DILATION_{axis}"]
+        steps, rest = divmod(pad, dilation)
+        reach = (constants[f"OUT_{axis}"] - 1) * constants[f"STRIDE_{axis}"]
+        if rest or steps >= constants[f"KERNEL_{axis}"] or reach >= constants[f"IN_{axis}"]:
+            return -1
+        tap = tap * constants[f"KERNEL_{axis}"] + steps
+    return tap
