@@ -12,7 +12,7 @@ import pytest
 from benchmarks.formulations import FORMULATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("MobileNetV2_b8_224px", "ResNet-18_b8_112px")
+NAMES = ("MobileNetV2_b8_224px", "MobileNetV3-L_b32_64px", "ResNet-18_b8_112px")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc, which is Linux")
@@ -24,8 +24,9 @@ def test_peak_memory(name: str, formulation: str, benchmark: Any) -> None:
     def measure() -> str:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
-    peak, refocusing = map(int, benchmark.pedantic(measure, rounds=1).split())
+    peak, allocated, refocusing = map(int, benchmark.pedantic(measure, rounds=1).splitlines()[-1].split())
     assert peak > 0
+    assert allocated > 0
     benchmark.group = f"peak memory {name}"
     benchmark.extra_info.update(
         kind="peak memory",
@@ -38,5 +39,6 @@ def test_peak_memory(name: str, formulation: str, benchmark: Any) -> None:
         batch=None,
         bytes=None,
         peak_bytes=peak,
+        allocated_bytes=allocated,
         refocus_bytes=refocusing,
     )

@@ -62,21 +62,24 @@ def read_rows(run: dict[str, Any]) -> list[Row]:
 
 
 def _memory(run: dict[str, Any]) -> list[list[str]]:
-    """One line per network whose peak memory was measured; MB of 10^6 bytes."""
-    networks: dict[str, dict[str, int]] = {}
+    """Two lines per network whose peak memory was measured; MB of 10^6 bytes."""
+    networks: dict[tuple[str, str], dict[str, int]] = {}
     for info in (benchmark["extra_info"] for benchmark in run["benchmarks"]):
-        if "peak_bytes" in info:
-            peaks = networks.setdefault(info["shape"], {})
-            peaks[info["formulation"]] = info["peak_bytes"]
+        for kind in ("allocated", "peak"):
+            if f"{kind}_bytes" not in info:
+                continue
+            what = "allocated by PyTorch" if kind == "allocated" else "resident"
+            peaks = networks.setdefault((info["shape"], what), {})
+            peaks[info["formulation"]] = info[f"{kind}_bytes"]
             if info["formulation"] == "ours":
                 peaks["refocus"] = info["refocus_bytes"]
     names = ["plain", "two_convolutions", *OWN]
     table = [["training step", *names, *(f"{own} - plain" for own in OWN), "W_r, its gradient, momentum"]]
-    for name, peaks in networks.items():
+    for (name, what), peaks in networks.items():
         plain = peaks.get("plain")
         more = [None if plain is None or own not in peaks else peaks[own] - plain for own in OWN]
         figures = (*(peaks.get(key) for key in names), *more, 3 * peaks["refocus"] if "refocus" in peaks else None)
-        table.append([name, *(_number(None if figure is None else figure / 1e6, 1) for figure in figures)])
+        table.append([f"{name}, {what}", *(_number(None if f is None else f / 1e6, 1) for f in figures)])
     return table
 
 
@@ -199,7 +202,12 @@ def report(run: dict[str, Any], markdown: bool = False) -> str:
         lines += ["", f"{heading}{kind}, {mode}", "", *_format(_detail(members), markdown)]
     memory = _memory(run)
     if len(memory) > 1:
-        lines += ["", f"{heading}Peak memory above the start of the process, MB", "", *_format(memory, markdown)]
+        lines += [
+            "",
+            f"{heading}Peak memory in MB, resident above the start of the process and in PyTorch's allocator",
+            "",
+            *_format(memory, markdown),
+        ]
     for (kind, mode), members in groups.items():
         if len(members) > 1:
             lines += ["", f"{heading}Means of {kind}, {mode}", "", *_format(_means(members), markdown)]
