@@ -12,7 +12,7 @@ constexpr int64_t kSumChunks = 16;
 template <typename S>
 const refconv::cpu::GroupedKernels<S>& grouped_kernels(const GroupedProblem& p, bool nhwc) {
   // What lies along a vector: channels, or columns of the output in both directions.
-  const int64_t width = nhwc ? p.channels : p.out_w;
+  const int64_t width = nhwc || cpu::has_small_planes(p) ? p.channels : p.out_w;
   return refconv::cpu::instruction_set_for_rows(width, sizeof(refconv::Compute<S>)).kernels.grouped<S>();
 }
 

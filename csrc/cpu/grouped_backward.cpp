@@ -11,6 +11,7 @@
 #include "grouped_plane.h"
 #include "scratch.h"
 #include "simd.h"
+#include "small_planes.h"
 #include "streaming.h"
 
 namespace refconv::cpu::REFCONV_ISA {
@@ -47,6 +48,50 @@ void exact_weight_gradient(const GroupedProblem& p, const S* grad_y, const S* x,
 
 bool is_finite(double value) { return value - value == 0; }
 
+template <typename S>
+void backward_small(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
+                    S* grad_bias, int64_t begin, int64_t end) {
+  using T = Compute<S>;
+  constexpr int64_t kLane = kLanes<T>;
+  const bool streamed =
+      grad_x != nullptr && streams(p.batch * p.channels * p.in_size() * static_cast<int64_t>(sizeof(S)));
+  SmallPlanes<S> planes(p);
+  Scratch<S> out(streamed ? kLane * p.in_size() : 0);
+  Scratch<Vec<T>> lanes(kSmallTaps + 1);
+  Scratch<double> total((kSmallTaps + 1) * kLane);
+  for (int64_t count; begin < end; begin += count) {
+    count = least(kLane, end - begin);
+    planes.take_weight(weight + begin * p.taps(), count);
+    total.clear();
+    int64_t terms = 0;
+    for (int64_t n = 0; n < p.batch; ++n) {
+      const int64_t plane = n * p.channels + begin;
+      S* target = grad_x != nullptr ? grad_x + plane * p.in_size() : nullptr;
+      planes.backward(grad_y + plane * p.out_size(), x + plane * p.in_size(), streamed ? out.data() : target, count,
+                      lanes.data());
+      if (streamed) stream(target, out.data(), count * p.in_size());
+      terms += p.out_size();
+      if (terms < kTermsInLanes && n + 1 < p.batch) continue;
+      terms = 0;
+      for (int64_t k = 0; k < (kSmallTaps + 1) * kLane; ++k)
+        total[k] += static_cast<double>(lanes[k / kLane][k % kLane]);
+      lanes.clear();
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      if (grad_bias != nullptr) store_one(grad_bias + begin + r, static_cast<T>(total[kSmallTaps * kLane + r]));
+      if (grad_weight == nullptr) continue;
+      S* to = grad_weight + (begin + r) * kSmallTaps;
+      bool finite = true;
+      for (int64_t t = 0; t < kSmallTaps; ++t) {
+        finite = finite && is_finite(total[t * kLane + r]);
+        store_one(to + t, static_cast<T>(total[t * kLane + r]));
+      }
+      if (!finite) exact_weight_gradient(p, grad_y, x, begin + r, begin + r, to);
+    }
+  }
+  if (streamed) end_streams();
+}
+
 }  // namespace
 
 template <typename S>
@@ -54,6 +99,7 @@ void grouped_backward(const GroupedProblem& p, const S* grad_y, const S* x, cons
                       S* grad_bias, int64_t begin, int64_t end) {
   using T = Compute<S>;
   constexpr int64_t kLane = kLanes<T>;
+  if (has_small_planes(p)) return backward_small(p, grad_y, x, weight, grad_x, grad_weight, grad_bias, begin, end);
   Backward<S> backward(p);
   // A block of channels at a time: the planes of neighbouring channels lie side by side in memory, those of one
   // channel do not. Per output channel: its taps, then its bias.

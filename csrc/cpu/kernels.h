@@ -96,6 +96,13 @@ template <> inline FoldedAdamKernel<float> Kernels::folded_adam() const { return
 template <> inline FoldedAdamKernel<double> Kernels::folded_adam() const { return folded_adam_f64; }
 // clang-format on
 
+// Whether NCHW planes are so small that a block of channels is turned into the lanes of vectors (small_planes.h).
+[[maybe_unused]] static bool has_small_planes(const GroupedProblem& p) {
+  constexpr int64_t kMost = 256;  // pixels of x and y: the vectors of a block of channels stay in the first cache
+  return p.per_group == 1 && p.multiplier == 1 && p.kernel_h == 3 && p.kernel_w == 3 &&
+         p.in_size() + p.out_size() <= kMost && p.dilation_h <= kMost && p.dilation_w <= kMost;
+}
+
 struct InstructionSet {
   const char* name;
   int64_t vector_bytes;

@@ -170,7 +170,18 @@ void test_grouped_all(const refconv::cpu::InstructionSet& set) {
       test_grouped(kernels, isa, depthwise(2, 1, 9, width, kernel, kernel, 2, 2, kernel / 2, kernel / 2, 1, 1));
     }
     test_grouped(kernels, isa, depthwise(2, 2, 5, width, 3, 3, 1, 1, 1, 1, 1, 1));
+    for (const int64_t stride : {1, 2}) {  // too many pixels for small_planes.h
+      test_grouped(kernels, isa, depthwise(2, 1, 60, width, 3, 3, stride, stride, 1, 1, 1, 1));
+    }
     test_grouped(kernels, isa, depthwise(2, 1, 7, width, 3, 5, 2, 1, 0, 4, 2, 2));
+  }
+  for (const int64_t channels : {1, 2, 7, 8, 9, 15, 16, 17, 35}) {  // straddle the blocks of small_planes.h
+    test_grouped(kernels, isa, depthwise(channels, 1, 7, 7, 3, 3, 1, 1, 1, 1, 1, 1));
+    test_grouped(kernels, isa, depthwise(channels, 1, 9, 8, 3, 3, 2, 2, 1, 1, 1, 1));
+    test_grouped(kernels, isa, depthwise(channels, 1, 2, 1, 3, 3, 1, 1, 1, 1, 1, 1));
+    test_grouped(kernels, isa, depthwise(channels, 1, 5, 6, 3, 3, 3, 4, 3, 0, 2, 1));
+    test_grouped(kernels, isa, depthwise(channels, 1, 6, 5, 3, 3, 1, 1, 5, 6, 3, 2));
+    test_grouped(kernels, isa, depthwise(channels, 1, 4, 5, 3, 3, 6, 7, 0, 1, 1, 1));
   }
   test_grouped(kernels, isa, depthwise(4, 3, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
   test_grouped(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));    // more padding than kernel
@@ -221,6 +232,7 @@ void test_large(const refconv::cpu::InstructionSet& set) {
   const auto& kernels = set.kernels.grouped<float>();
   test_grouped(kernels, set.name, depthwise(4, 1, 512, 1040, 3, 3, 1, 1, 1, 1, 1, 1));
   test_grouped(kernels, set.name, depthwise(4, 1, 512, 1033, 3, 3, 2, 2, 1, 1, 1, 1));
+  test_grouped(kernels, set.name, depthwise(42801, 1, 7, 7, 3, 3, 1, 1, 1, 1, 1, 1));
   test_nhwc(kernels, set.name, depthwise(32, 1, 256, 260, 3, 3, 1, 1, 1, 1, 1, 1));
 }
 
