@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from refconv_kernels.backends.triton import depthwise, fused, refocus, thin
+from refconv_kernels.backends.triton import depthwise, folded_adam, fused, refocus, thin
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,6 +50,9 @@ LAYERS = [
 ]
 #: Shape of the basis, groups.
 BASES = [((960, 1, 3, 3), 960), ((384, 1, 7, 7), 384), ((128, 4, 3, 3), 32), ((64, 64, 3, 3), 1), ((24, 8, 5, 5), 2)]
+
+#: Rows of the thin form's coordinates, refocus groups, rank.
+ROOTS = [(960, 1, 9), (384, 1, 49), (512, 16, 9), (4096, 1024, 4), (72, 1, 25), (48, 24, 18), (6, 3, 1)]
 
 
 class _Target:
@@ -137,6 +140,12 @@ def problems(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             factor = torch.empty(kernels // groups, rank, taps, dtype=dtype)
             yield name, partial(thin.forward, basis, torch.empty(kernels, rank, dtype=dtype), factor, True)
             yield name, partial(thin.backward, basis, factor)
+    for rows, groups, rank in ROOTS[:2] if quick else ROOTS:
+        for dtype in (torch.float32,) if quick else (torch.float32, torch.float64):
+            first, root = torch.empty(rows, rank, dtype=dtype), torch.empty(rows, rank * (rank + 1) // 2, dtype=dtype)
+            rotation = torch.empty(groups, rank, 9 * rows // groups, dtype=dtype)
+            name = f"{rows} rows, {groups} groups, rank {rank} {str(dtype)[6:]}"
+            yield name, partial(folded_adam.folded_adam, first, root, first, rotation, 0.999, 1.0, 1.0, 1e-8)
 
 
 def compile_for(target: str, quick: bool = False) -> Iterator[Compiled]:

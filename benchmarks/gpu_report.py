@@ -30,7 +30,7 @@ from benchmarks.formulations import as_full, float64_reference, layer_formulatio
 from benchmarks.layers import LAYERS, Layer
 from benchmarks.networks import ConvNeXtTiny, MobileNetV2, ResNet18, training_step
 
-_TESTS = ("tests/test_triton.py", "tests/test_triton_thin.py")
+_TESTS = ("tests/test_triton.py", "tests/test_triton_thin.py", "tests/test_triton_folded.py")
 ROUNDS = 15
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}

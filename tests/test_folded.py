@@ -12,7 +12,8 @@ from refconv_kernels import folded, ops, optim, use_backend
 from tests.conftest import needs_native
 
 
-def _problem(rows: int, groups: int, columns: int, rank: int, dtype: torch.dtype) -> tuple[Any, ...]:
+def problem_of(rows: int, groups: int, columns: int, rank: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments of the operator, after some steps."""
     first, gradient = torch.randn(rows, rank, dtype=dtype), torch.randn(rows, rank, dtype=dtype)
     root, rotation = torch.zeros(rows, folded.root_size(rank), dtype=dtype), torch.randn(groups, rank, columns)
     for _ in range(rank):
@@ -38,7 +39,7 @@ def test_update_root_follows_the_second_moment() -> None:
 
 
 def test_direction_in_blocks_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, root, _, rotation, _, *scales = _problem(12, 3, 20, 4, torch.float64)
+    first, root, _, rotation, _, *scales = problem_of(12, 3, 20, 4, torch.float64)
     want = folded.direction(first, root, rotation, *scales)
     for entries in (1, 70, 100, 170):
         monkeypatch.setattr("refconv_kernels.thin._BLOCK", entries)
@@ -54,7 +55,7 @@ def test_direction_in_blocks_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> No
     "sizes", [(7, 1, 300, 9), (12, 4, 36, 9), (130, 1, 70, 4), (3, 1, 500, 49), (5, 5, 3, 1)], ids=str
 )
 def test_the_native_kernel(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    problem = _problem(*sizes, dtype)
+    problem = problem_of(*sizes, dtype)
     assert ops.choose("folded_adam", problem[0]) == "cpu"
     with use_backend("reference"):
         exact = optim._folded_adam(*(t.double() if isinstance(t, Tensor) else t for t in problem))
@@ -70,7 +71,7 @@ def test_the_native_kernel(sizes: tuple[int, int, int, int], dtype: torch.dtype)
 
 @needs_native
 def test_the_native_kernel_does_not_depend_on_threads() -> None:
-    problem, before, results = _problem(101, 1, 300, 9, torch.float32), torch.get_num_threads(), []
+    problem, before, results = problem_of(101, 1, 300, 9, torch.float32), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)

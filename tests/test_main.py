@@ -101,7 +101,8 @@ def test_a_problem_on_a_gpu_is_explained_without_one(
 ) -> None:
     monkeypatch.setattr(triton, "INTERPRETED", False)
     monkeypatch.setitem(ops.UNAVAILABLE, "triton", None)
-    for problem in (DEPTHWISE, REFOCUS, [*DEPTHWISE[:2], "refconv2d", *DEPTHWISE[3:]]):
+    both, folded = [*DEPTHWISE[:2], "refconv2d", *DEPTHWISE[3:]], [*REFOCUS[:2], "folded_adam", *REFOCUS[3:]]
+    for problem in (DEPTHWISE, REFOCUS, both, folded):
         lines = printed(capsys, [*problem, "--device", "cuda"])
         assert lines[0] == f"{problem[2]} runs on: triton"
         (line,) = (line for line in lines if line.startswith("triton"))

@@ -1,8 +1,8 @@
 """The Triton GPU backend (NVIDIA and AMD): which problems its kernels cover, and the operators over them.
 
-The kernels are in :mod:`.depthwise_kernels`, :mod:`.refocus`, :mod:`.fused` and :mod:`.thin`; Triton is imported when
-one is first launched. With ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs them on tensors in main
-memory, slowly, for tests.
+The kernels are in :mod:`.depthwise_kernels`, :mod:`.refocus`, :mod:`.fused`, :mod:`.thin` and :mod:`.folded_adam`;
+Triton is imported when one is first launched. With ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs
+them on tensors in main memory, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -110,13 +110,18 @@ def thin_refconv2d_how(
     return f"with a kernel of its own for W_t: {facts}; {rule}"
 
 
+def folded_adam_limits(first: Tensor) -> str | None:
+    """Why the ``folded_adam`` kernels do not cover this problem; None when they do."""
+    return _limits(first, "first", _REFOCUS_DTYPES)
+
+
 def _slower(*_: Any) -> str | None:
     """Why ``"auto"`` leaves a problem to PyTorch; None when it does not."""
     return "Triton's interpreter is for tests" if INTERPRETED else None
 
 
 refocus_weight_slower = grouped_conv2d_slower = refconv2d_slower = _slower
-thin_refocus_weight_slower = thin_refconv2d_slower = _slower
+thin_refocus_weight_slower = thin_refconv2d_slower = folded_adam_slower = _slower
 
 
 # --- the operators -------------------------------------------------------------------------------------------
@@ -226,6 +231,12 @@ def _thin_refconv2d_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, T
     return thin.convolution_backward(*arguments)
 
 
+def _folded_adam(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from refconv_kernels.backends.triton import folded_adam
+
+    return folded_adam.folded_adam(*arguments)
+
+
 #: Implementations of the operators ``refconv_triton::<name>`` (schemas: :mod:`refconv_kernels.ops`).
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "refocus_weight": _refocus_weight,
@@ -238,6 +249,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "thin_refocus_weight_backward": _thin_refocus_weight_backward,
     "thin_refconv2d": _thin_refconv2d,
     "thin_refconv2d_backward": _thin_refconv2d_backward,
+    "folded_adam": _folded_adam,
 }
 #: The dispatch key they are registered for.
 DISPATCH_KEY = "CPU" if INTERPRETED else "CUDA"
