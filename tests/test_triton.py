@@ -305,3 +305,12 @@ def test_every_kernel_compiles_without_a_spill() -> None:
         assert "no kernel spills" in printed
         kernels = ("forward_kernel", "backward_kernel", "wide_", "narrow_", "thin_forward", "product_", "reduction_")
         assert all(kernel in printed for kernel in kernels)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_a_strided_bias(layout: torch.memory_format) -> None:
+    x = torch.randn(1, 6, 5, 5, device=DEVICE).contiguous(memory_format=layout)
+    weight, bias = torch.randn(6, 1, 3, 3, device=DEVICE), torch.randn(6, 2, device=DEVICE)[:, 1]
+    with use_backend("triton"):
+        got = functional.conv2d(x, weight, bias, padding=1, groups=6)
+    torch.testing.assert_close(got, torch.nn.functional.conv2d(x, weight, bias, padding=1, groups=6))
