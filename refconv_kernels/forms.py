@@ -19,9 +19,8 @@ from refconv_kernels.transforms import RefocusingTransformation, ThinRefocusingT
 __all__ = ["full_to_thin", "thin_to_full"]
 
 Source = TypeVar("Source", nn.Module, Mapping[str, Any])
-_Change = tuple[
-    nn.Module, Callable[[Tensor], Tensor]
-]  # the new transformation; what is linear in the old weight, mapped
+# The new transformation, and the map of what is linear in the old one's weight.
+_Change = tuple[nn.Module, Callable[[Tensor], Tensor]]
 
 
 def full_to_thin(source: Source, optimizer: Optimizer | None = None, *, inplace: bool = False) -> Source:
@@ -94,7 +93,7 @@ def _convert(
         if old.weight.grad is not None:
             new.weight.grad = move(old.weight.grad)
         module.transform = new
-        module.eval() if not module.training else module.train()  # forgets the W_t kept
+        module.train(module.training)  # forgets the W_t kept
         if optimizer is not None:
             _exchange(optimizer, old.weight, new.weight, move)
     return source
@@ -137,7 +136,7 @@ def _full_layer(name: str, layer: RefConv2d) -> _Change | None:
     if layer.basis_weight.requires_grad:
         raise ValueError(f"layer {name!r} has a trainable basis: its full form would be another model")
     rotation, factor = thin.decompose(basis, layer.groups, old.map_size)
-    if not _same(old.factor, factor):
+    if not thin.is_factor(old.factor, factor):
         raise ValueError(f"layer {name!r}: transform.factor is not the factor of basis_weight")
     new = RefocusingTransformation(
         len(old.weight), layer.groups, old.map_size, init="zeros", identity=old.identity, device=basis.device,
@@ -149,13 +148,6 @@ def _full_layer(name: str, layer: RefConv2d) -> _Change | None:
     return new, lambda tensor: thin.lift(tensor, rotation, old.map_size)
 
 
-def _same(stored: Tensor, factor: Tensor) -> bool:
-    if stored.shape != factor.shape:
-        return False
-    allowed = torch.finfo(stored.dtype).eps ** 0.5 * factor.abs().max()
-    return bool((stored.detach().cpu().double() - factor).abs().max() <= allowed)
-
-
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 
@@ -163,7 +155,9 @@ def _thin_checkpoint(state: Mapping[str, Any]) -> dict[str, Any]:
     new: dict[str, dict[str, Any]] = {}
     for prefix, (basis_name, weight_name) in _layers(state):
         basis, refocus = state[prefix + basis_name], state[prefix + weight_name]
-        group_size, map_size = refocus.shape[1:3] if refocus.dim() == 4 else (0, 0)
+        if refocus.dim() != 4:  # thin already
+            continue
+        group_size, map_size = refocus.shape[1:3]
         if not thin.is_smaller(group_size, map_size, basis.shape[2] * basis.shape[3]):
             continue
         rotation, factor = thin.decompose(basis, group_size, map_size)
@@ -185,7 +179,7 @@ def _full_checkpoint(state: Mapping[str, Any]) -> dict[str, Any]:
         group_size = len(coordinates) // len(stored)
         for map_size in range(1, min(basis.shape[2:]) + 1, 2):
             rotation, factor = thin.decompose(basis, group_size, map_size)
-            if _same(stored, factor):
+            if thin.is_factor(stored, factor):
                 new[prefix + weight_name] = {prefix + weight_name: thin.lift(coordinates, rotation, map_size)}
                 new[f"{prefix}transform.factor"] = {}
                 break

@@ -138,9 +138,7 @@ class FoldedAdamW(Optimizer):
         if kept is not None and kept[0] == source:
             return kept[1]
         rotation, factor = thin.decompose(basis, transform.group_size, transform.map_size)  # type: ignore[arg-type]
-        held: Any = transform.factor
-        allowed = torch.finfo(held.dtype).eps ** 0.5 * factor.abs().max()
-        if not (held.cpu().double() - factor).abs().max() <= allowed:
+        if not thin.is_factor(transform.factor, factor):  # type: ignore[arg-type]
             raise RuntimeError(
                 "transform.factor is not that of basis_weight: call transform.rebase(basis_weight) after changing it"
             )

@@ -52,6 +52,14 @@ def factor(basis: Tensor, group_size: int, map_size: int) -> Tensor:
     return decompose(basis, group_size, map_size)[1].to(basis)
 
 
+def is_factor(stored: Tensor, factor: Tensor) -> bool:
+    """Whether ``stored``, rounded, is the ``factor`` that :func:`decompose` gives, to half of its digits."""
+    if stored.shape != factor.shape:
+        return False
+    allowed = torch.finfo(stored.dtype).eps ** 0.5 * factor.abs().max()
+    return bool((stored.detach().cpu().double() - factor).abs().max() <= allowed)
+
+
 def project(refocus: Tensor, rotation: Tensor) -> Tensor:
     """``E = W_r Q``, ``[N, r]``, from ``W_r [N, g, k, k]`` or anything that is linear in it, such as a momentum."""
     rows = refocus.detach().reshape(refocus.shape[0], -1)
