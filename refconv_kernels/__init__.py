@@ -8,11 +8,15 @@ from refconv_kernels.ops import current_backend, use_backend
 from refconv_kernels.optim import FoldedAdamW
 from refconv_kernels.summary import summary
 from refconv_kernels.transforms import RefocusingTransformation, ThinRefocusingTransformation
+from refconv_kernels.variants import VARIANTS, ParallelRefocusing, StackedRefocusing, variant
 
 __all__ = [
+    "VARIANTS",
     "FoldedAdamW",
+    "ParallelRefocusing",
     "RefConv2d",
     "RefocusingTransformation",
+    "StackedRefocusing",
     "ThinRefocusingTransformation",
     "current_backend",
     "full_to_thin",
@@ -22,5 +26,6 @@ __all__ = [
     "summary",
     "thin_to_full",
     "use_backend",
+    "variant",
 ]
 __version__ = "0.1.0"

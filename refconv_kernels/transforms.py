@@ -51,10 +51,7 @@ class RefocusingTransformation(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_map_size(map_size)
-        _check_init(init)
-        if group_size < 1 or kernels % group_size != 0:
-            raise ValueError(f"kernels (={kernels}) must be divisible by group_size (={group_size})")
+        check_transformation(kernels, group_size, map_size, init)
         self.map_size, self.init, self.identity = map_size, init, identity
         shape = (kernels, group_size, map_size, map_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -62,14 +59,7 @@ class RefocusingTransformation(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw ``W_r`` anew by ``init``."""
-        std = _initial_std(self.init, *self.weight.shape[:3])
-        with torch.no_grad():
-            if self.init == "xavier_normal":
-                self.weight.normal_(0, std)
-            elif std == 0:
-                self.weight.zero_()
-            else:
-                self.weight.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std)
+        draw_refocus(self.weight, self.init)
 
     def forward(self, basis: Tensor) -> Tensor:
         return refocus_weight(basis, self.weight, identity=self.identity)
@@ -150,6 +140,26 @@ class ThinRefocusingTransformation(nn.Module):
     def extra_repr(self) -> str:
         text = f"{len(self.weight)}, {self.group_size}, map_size={self.map_size}, init={self.init!r}"
         return text if self.identity else text + ", identity=False"
+
+
+def check_transformation(kernels: int, group_size: int, map_size: int, init: str) -> None:
+    """Raise unless there are refocusing weights ``[N, g, k, k]`` of these sizes, drawn by ``init``."""
+    check_map_size(map_size)
+    _check_init(init)
+    if group_size < 1 or kernels % group_size != 0:
+        raise ValueError(f"kernels (={kernels}) must be divisible by group_size (={group_size})")
+
+
+def draw_refocus(weight: Tensor, init: str) -> None:
+    """Draw refocusing weights ``W_r``, ``[N, g, k, k]``, by ``init``."""
+    std = _initial_std(init, *weight.shape[:3])
+    with torch.no_grad():
+        if init == "xavier_normal":
+            weight.normal_(0, std)
+        elif std == 0:
+            weight.zero_()
+        else:
+            weight.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std)
 
 
 def _check_init(init: str) -> None:
