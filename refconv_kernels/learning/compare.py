@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from refconv_kernels.learning.data import require
+from refconv_kernels.learning.errors import require
 
 __all__ = ["Comparison", "compare"]
 

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from refconv_kernels import RefConv2d, refocus, reparameterize, summary
 from refconv_kernels.learning.compare import compare
-from refconv_kernels.learning.data import digits, require
-from refconv_kernels.learning.loop import CheckFailed, accuracy, compare_steps, logits, train
+from refconv_kernels.learning.data import digits
+from refconv_kernels.learning.errors import CheckFailed, require
+from refconv_kernels.learning.loop import accuracy, compare_steps, logits, train
 from refconv_kernels.learning.models import SmallSeparableNet
 from refconv_kernels.learning.picture import draw_kernels
 from refconv_kernels.learning.recipe import Recipe
@@ -72,7 +73,7 @@ def run(output: Path, *, seeds: int = SEEDS, epochs: int = EPOCHS, quiet: bool =
         MissingExtra: a package of the ``learn`` extra is not installed.
         OSError: ``output`` cannot be written; found out before training.
         CheckFailed: folding, reloading or the gradients are not what they must be.
-        FloatingPointError: a training diverged.
+        Diverged: a training's loss is no longer finite.
     """
     for extra in _EXTRAS:
         require(extra)

@@ -14,14 +14,12 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from refconv_kernels import refocus, use_backend
-from refconv_kernels.learning.data import ImageSet, random_crop
+from refconv_kernels.learning.augment import random_crop
+from refconv_kernels.learning.data import ImageSet
+from refconv_kernels.learning.errors import CheckFailed, Diverged
 from refconv_kernels.learning.recipe import Recipe
 
 __all__ = ["CheckFailed", "accuracy", "compare_steps", "logits", "step_times", "train", "train_step"]
-
-
-class CheckFailed(RuntimeError):
-    """Two computations that must agree do not."""
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
@@ -55,7 +53,7 @@ def train(
         The mean loss of each epoch, cross-entropy in nats.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        Diverged: the loss is no longer finite.
     """
     generator = Generator().manual_seed(seed)
     optimizer = recipe.optimizer(model)
@@ -66,12 +64,12 @@ def train(
         total = torch.zeros(())
         for n, rows in enumerate(torch.randperm(len(data), generator=generator).split(recipe.batch_size)):
             # A random crop, and no flip as the paper has it: a mirrored digit is no digit, or another one.
-            images = random_crop(data.images[rows], recipe.crop_padding, generator)
+            images = random_crop(data.take(rows), recipe.crop_padding, generator)
             optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch * steps + n, steps)
             total += train_step(model, optimizer, images, data.labels[rows]) * len(rows)
         losses.append(total.item() / len(data))
         if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss is {losses[-1]} in epoch {epoch + 1}: lower the learning rate")
+            raise Diverged(f"the loss is {losses[-1]} in epoch {epoch + 1}: lower the learning rate")
         if on_epoch is not None:
             on_epoch(losses[-1])
     return losses
@@ -118,7 +116,8 @@ def compare_steps(baseline: nn.Module, data: ImageSet, recipe: Recipe) -> dict[s
     Raises:
         CheckFailed: the formulations differ by more than rounding.
     """
-    images, labels = data.images[: recipe.batch_size], data.labels[: recipe.batch_size]
+    rows = torch.arange(min(recipe.batch_size, len(data)))
+    images, labels = data.take(rows), data.labels[rows]
     refocused = refocus(baseline).train()
     differences = {
         str(dtype).removeprefix("torch."): _gradient_difference(refocused.to(dtype), images.to(dtype), labels, limit)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from refconv_kernels.learning.data import require
+from refconv_kernels.learning.errors import require
 
 __all__ = ["draw_kernels"]
 

@@ -21,7 +21,8 @@ from refconv_kernels.__main__ import main
 from refconv_kernels.learning import demo, loop
 from refconv_kernels.learning.data import digits
 from refconv_kernels.learning.demo import ARMS, check_fold, compare
-from refconv_kernels.learning.loop import CheckFailed, accuracy, logits, step_times
+from refconv_kernels.learning.errors import CheckFailed
+from refconv_kernels.learning.loop import accuracy, logits, step_times
 from refconv_kernels.learning.models import SmallSeparableNet
 
 

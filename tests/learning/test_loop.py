@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from refconv_kernels import reference, refocus, reparameterize, use_backend
 from refconv_kernels.learning import loop
-from refconv_kernels.learning.data import ImageSet, digits
-from refconv_kernels.learning.loop import CheckFailed, accuracy, compare_steps, logits, step_times, train
+from refconv_kernels.learning.data import MemoryImages, digits
+from refconv_kernels.learning.errors import CheckFailed, Diverged
+from refconv_kernels.learning.loop import accuracy, compare_steps, logits, step_times, train
 from refconv_kernels.learning.models import SmallSeparableNet
 from refconv_kernels.learning.recipe import Recipe
 
@@ -31,7 +32,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def few() -> ImageSet:
+def few() -> MemoryImages:
     return digits(100)[0]
 
 
@@ -54,7 +55,9 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize("convert", [copy.deepcopy, refocus])
-def test_same_seed_gives_the_same_weights_to_the_bit(few: ImageSet, convert: Callable[[nn.Module], nn.Module]) -> None:
+def test_same_seed_gives_the_same_weights_to_the_bit(
+    few: MemoryImages, convert: Callable[[nn.Module], nn.Module]
+) -> None:
     start = convert(network())
     trained = []
     for seed in (5, 5, 6):
@@ -66,7 +69,7 @@ def test_same_seed_gives_the_same_weights_to_the_bit(few: ImageSet, convert: Cal
     assert not all(torch.equal(trained[0][key], trained[2][key]) for key in trained[0])
 
 
-def test_two_networks_with_one_seed_see_the_same_images(few: ImageSet) -> None:
+def test_two_networks_with_one_seed_see_the_same_images(few: MemoryImages) -> None:
     first, second = Linear(), Linear()
     for model in (first, second):
         train(model, few, RECIPE, seed=1)
@@ -75,14 +78,14 @@ def test_two_networks_with_one_seed_see_the_same_images(few: ImageSet) -> None:
     assert not torch.equal(first.seen[0], first.seen[4])  # each epoch has its own order
 
 
-def test_each_epoch_uses_every_image_once(few: ImageSet) -> None:
+def test_each_epoch_uses_every_image_once(few: MemoryImages) -> None:
     model = Linear()
     train(model, few, Recipe(epochs=1, warmup_epochs=0, batch_size=32, crop_padding=0), seed=0)
     seen = torch.cat(model.seen).flatten(1).tolist()
     assert sorted(seen) == sorted(few.images.flatten(1).tolist())
 
 
-def test_loss_goes_down_and_is_reported(few: ImageSet) -> None:
+def test_loss_goes_down_and_is_reported(few: MemoryImages) -> None:
     reported: list[float] = []
     recipe = Recipe(epochs=12, warmup_epochs=1, batch_size=10, crop_padding=0)
     model = network()
@@ -94,7 +97,7 @@ def test_loss_goes_down_and_is_reported(few: ImageSet) -> None:
     assert accuracy(logits(model, few.images), few) > 80
 
 
-def test_refocused_network_trains_with_its_basis_frozen(few: ImageSet) -> None:
+def test_refocused_network_trains_with_its_basis_frozen(few: MemoryImages) -> None:
     model = refocus(network())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(model, few, RECIPE, seed=0)
@@ -102,14 +105,14 @@ def test_refocused_network_trains_with_its_basis_frozen(few: ImageSet) -> None:
         assert torch.equal(parameter, before[name]) == name.endswith("basis_weight"), name
 
 
-def test_a_diverged_training_says_so(few: ImageSet) -> None:
-    broken = ImageSet(few.images * math.nan, few.labels)
-    with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1: lower the learning rate"):
+def test_a_diverged_training_says_so(few: MemoryImages) -> None:
+    broken = MemoryImages(few.images * math.nan, few.labels)
+    with pytest.raises(Diverged, match="the loss is nan in epoch 1: lower the learning rate"):
         train(network(), broken, RECIPE, seed=0)
 
 
 def test_logits_and_accuracy() -> None:
-    data = ImageSet(torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 2]))
+    data = MemoryImages(torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 2]))
     assert accuracy(torch.eye(3)[[0, 1, 2, 0]], data) == 75.0
     model = network().train()
     answer = logits(model, torch.rand(4, 1, 8, 8))
@@ -126,7 +129,7 @@ def test_steps_are_timed_in_turns() -> None:
     assert all(len(ms) == 3 and min(ms) >= 0 for ms in times.values())
 
 
-def test_comparing_steps_leaves_the_network_alone(few: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparing_steps_leaves_the_network_alone(few: MemoryImages, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "step_times", lambda steps: step_times(steps, rounds=2))
     model = network()
     before = reparameterize(model).state_dict()
@@ -141,7 +144,9 @@ def test_comparing_steps_leaves_the_network_alone(few: ImageSet, monkeypatch: py
 
 
 @pytest.mark.parametrize("scale", [1.0001, math.nan])
-def test_formulations_that_disagree_are_not_timed(few: ImageSet, monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+def test_formulations_that_disagree_are_not_timed(
+    few: MemoryImages, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
     @contextmanager
     def wrong(backend: str) -> Iterator[None]:
         with use_backend("reference"), monkeypatch.context() as patch:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refconv_kernels.learning.data import MissingExtra
+from refconv_kernels.learning.errors import MissingExtra
 from refconv_kernels.learning.picture import draw_kernels
 
 

@@ -1,4 +1,4 @@
-"""The split of the digits, and the random crop."""
+"""The split of the digits."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from torch import Generator
 
-from refconv_kernels.learning.data import MissingExtra, digits, random_crop, require
+from refconv_kernels.learning.data import digits
+from refconv_kernels.learning.errors import MissingExtra
 
 
 def test_digits_have_their_shapes_and_range() -> None:
@@ -53,29 +53,7 @@ def test_split_without_room_for_every_digit_raises(train_size: int) -> None:
         digits(train_size)
 
 
-@pytest.mark.parametrize("shape", [(5, 1, 8, 8), (3, 2, 4, 6), (0, 1, 8, 8)])
-@pytest.mark.parametrize("padding", [0, 1, 3])
-def test_random_crop_shifts_each_image_by_at_most_the_padding(shape: tuple[int, ...], padding: int) -> None:
-    images = torch.rand(shape)
-    cropped = random_crop(images, padding, Generator().manual_seed(1))
-    assert cropped.shape == images.shape
-    padded = torch.nn.functional.pad(images, [padding] * 4)
-    height, width = shape[2:]
-    places = range(2 * padding + 1)
-    for image, around in zip(cropped, padded, strict=True):
-        assert any(torch.equal(image, around[:, r : r + height, c : c + width]) for r in places for c in places)
-
-
-def test_random_crop_follows_its_generator_and_reaches_every_place() -> None:
-    images = torch.arange(9.0).reshape(1, 1, 3, 3).expand(500, 1, 3, 3) + 1
-    first, again = (random_crop(images, 1, Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(first, again)
-    assert len(first.flatten(1).unique(dim=0)) == 9
-
-
 def test_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingExtra, match=r'^sklearn cannot be imported .*pip install "refconv_kernels\[learn\]"$'):
         digits()
-    with pytest.raises(MissingExtra, match="no_such_package"):
-        require("no_such_package.inner")

@@ -1,0 +1,59 @@
+"""What can go wrong in Refocusing Learning and can be mended by who started it; and the optional packages."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = [
+    "CheckFailed",
+    "CheckpointError",
+    "DataError",
+    "Diverged",
+    "LearningError",
+    "MissingExtra",
+    "SettingsError",
+    "require",
+]
+
+
+class LearningError(Exception):
+    """Something the user can mend; the message says what."""
+
+
+class DataError(LearningError):
+    """The images cannot be used: the message names the path, what was found there and the rule."""
+
+
+class CheckpointError(LearningError):
+    """A checkpoint cannot be written, read or used."""
+
+
+class SettingsError(LearningError):
+    """Settings that are wrong, or that contradict one another."""
+
+
+class Diverged(LearningError, FloatingPointError):
+    """The loss of a training is no longer finite."""
+
+
+class MissingExtra(LearningError, ImportError):
+    """A package of the ``learn`` extra is not installed."""
+
+
+class CheckFailed(LearningError, RuntimeError):
+    """Two computations that must agree do not."""
+
+
+def require(name: str) -> Any:
+    """Import a module of the ``learn`` extra.
+
+    Raises:
+        MissingExtra: it is not installed; the message names the ``pip`` command.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtra(
+            f'{name.partition(".")[0]} cannot be imported ({error}): pip install "refconv_kernels[learn]"'
+        ) from error
