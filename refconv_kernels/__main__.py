@@ -1,4 +1,4 @@
-"""``python -m refconv_kernels``: ``demo`` shows Refocusing Learning, ``info`` shows the backends."""
+"""``python -m refconv_kernels``: ``learn``, ``fold`` and ``export`` networks; ``demo``; ``info`` on the backends."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refconv_kernels import __version__, current_backend, ops
 from refconv_kernels.backends import cpu
+from refconv_kernels.learning import cli
 
 __all__ = ["main"]
 
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "demo":
             return _demo(arguments)
-        return _info(arguments)
+        if arguments.command == "info":
+            return _info(arguments)
+        return cli.run(arguments)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -44,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m refconv_kernels", description="Refocusing Learning, and its kernels"
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{learn,fold,export,demo,info}")
+    cli.add_commands(commands)
 
     text = "train a baseline on handwritten digits, refocus and train it, fold it, and compare"
     demo = commands.add_parser("demo", help=text, description=text)
@@ -89,14 +93,15 @@ def _error(message: object) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from refconv_kernels.learning import demo
-    from refconv_kernels.learning.errors import LearningError
+    from refconv_kernels.learning.data import MissingExtra
+    from refconv_kernels.learning.loop import CheckFailed
 
     numbers = {name: value for name in ("seeds", "epochs") if (value := getattr(arguments, name)) is not None}
     try:
         results = demo.run(arguments.output, quiet=arguments.quiet, **numbers)
     except OSError as error:
         return _error(f"cannot write to {arguments.output}: {error.strerror or error}")
-    except LearningError as error:
+    except (MissingExtra, CheckFailed, FloatingPointError) as error:
         return _error(error)
     print(demo.report(results))
     return 0

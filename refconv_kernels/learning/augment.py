@@ -1,4 +1,4 @@
-"""Random changes to training images. What is drawn depends on the generator and on the number of images alone."""
+"""Augmentation: a random crop and a random mirror image, drawn apart from the images they are applied to."""
 
 from __future__ import annotations
 
@@ -6,36 +6,44 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-__all__ = ["random_crop", "random_flip"]
+__all__ = ["apply_views", "draw_views"]
 
 
-def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
-    """Each image of ``[B, C, H, W]`` padded with zeros and cropped back to ``H x W`` at a random place.
+def draw_views(count: int, padding: int, mirror: bool, generator: Generator) -> Tensor:
+    """Where each of ``count`` images is cropped, and whether it is mirrored.
+
+    Drawn for the whole batch at once, so that several processes can each apply their part of the same draw.
 
     Args:
-        images: ``[B, C, H, W]``, any dtype.
-        padding: pixels on each side, hence the largest shift.
-        generator: source of the places, one row and one column per image; a generator of the CPU.
+        count: number of images.
+        padding: pixels on each side before the crop, hence the largest shift.
+        mirror: draw whether to mirror, with probability 1/2; False never mirrors.
+        generator: source of the numbers.
 
     Returns:
-        ``[B, C, H, W]``, a new tensor.
+        ``[count, 3]``, int64: first row and first column of the crop, and 1 for a mirrored image.
+    """
+    places = torch.randint(2 * padding + 1, (count, 2), generator=generator)
+    mirrored = torch.randint(2, (count, 1), generator=generator) * mirror
+    return torch.cat([places, mirrored], 1)
+
+
+def apply_views(images: Tensor, views: Tensor, padding: int) -> Tensor:
+    """Each image of ``[B, C, H, W]`` padded with zeros, cropped back to ``H x W`` and perhaps mirrored.
+
+    Args:
+        images: ``[B, C, H, W]``.
+        views: ``[B, 3]``, from :func:`draw_views` with the same ``padding``.
+        padding: pixels on each side.
+
+    Returns:
+        ``[B, C, H, W]``, the same type, in channels_last layout.
     """
     height, width = images.shape[2:]
-    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # [B, C, rows, columns, H, W]
-    places = torch.randint(2 * padding + 1, (2, len(images)), generator=generator)
-    rows, columns = places.to(images.device)
-    return windows[torch.arange(len(images), device=images.device), :, rows, columns]
-
-
-def random_flip(images: Tensor, generator: Generator) -> Tensor:
-    """Each image of ``[B, C, H, W]`` mirrored left to right with probability 1/2.
-
-    Args:
-        images: ``[B, C, H, W]``, any dtype.
-        generator: source of the choices, one per image; a generator of the CPU.
-
-    Returns:
-        ``[B, C, H, W]``, a new tensor.
-    """
-    mirrored = torch.rand(len(images), generator=generator) < 0.5
-    return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
+    row, column, mirrored = views.unsqueeze(2).to(images.device).unbind(1)  # [B, 1] each
+    across = torch.arange(width, device=images.device)
+    rows = row + torch.arange(height, device=images.device)
+    columns = column + torch.where(mirrored == 1, width - 1 - across, across)
+    image = torch.arange(len(images), device=images.device)[:, None, None]
+    picked = F.pad(images, [padding] * 4)[image, :, rows[:, :, None], columns[:, None, :]]  # [B, H, W, C]
+    return picked.permute(0, 3, 1, 2)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,16 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from refconv_kernels import RefConv2d, refocus, reparameterize, summary
+from refconv_kernels.learning.checkpoint import read_weights, write_file, write_weights
 from refconv_kernels.learning.compare import compare
 from refconv_kernels.learning.data import digits
 from refconv_kernels.learning.errors import CheckFailed, require
-from refconv_kernels.learning.loop import accuracy, compare_steps, logits, train
+from refconv_kernels.learning.fold import check_fold
+from refconv_kernels.learning.log import cpu_name
+from refconv_kernels.learning.loop import accuracy, logits, train
 from refconv_kernels.learning.models import SmallSeparableNet
 from refconv_kernels.learning.picture import draw_kernels
 from refconv_kernels.learning.recipe import Recipe
+from refconv_kernels.learning.timing import compare_steps
 from refconv_kernels.ops import UNAVAILABLE
 
-__all__ = ["ARMS", "EPOCHS", "SEEDS", "check_fold", "report", "run"]
+__all__ = ["ARMS", "EPOCHS", "SEEDS", "report", "run"]
 
 ARMS = ("baseline", "retrain", "RefConv")
 SEEDS, EPOCHS = 8, 40
@@ -73,7 +75,7 @@ def run(output: Path, *, seeds: int = SEEDS, epochs: int = EPOCHS, quiet: bool =
         MissingExtra: a package of the ``learn`` extra is not installed.
         OSError: ``output`` cannot be written; found out before training.
         CheckFailed: folding, reloading or the gradients are not what they must be.
-        Diverged: a training's loss is no longer finite.
+        FloatingPointError: a training diverged.
     """
     for extra in _EXTRAS:
         require(extra)
@@ -127,14 +129,14 @@ def run(output: Path, *, seeds: int = SEEDS, epochs: int = EPOCHS, quiet: bool =
         "fold": {"max_logit_difference": max(fold_differences), "changed_predictions": 0, "reload": "bit-identical"},
         "step": compare_steps(first["baseline"], learn, recipe),
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "native_kernels_off": UNAVAILABLE["cpu"],
         },
         "files": [str(output / name) for name in ("kernels.png", "folded.safetensors", "results.json")],
     }
-    _write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    write_file(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
     return results
 
 
@@ -168,31 +170,11 @@ def _progress(stage: str, epochs: int, quiet: bool) -> Iterator[Callable[[float]
 # --- checks and files ---------------------------------------------------------------------------------------
 
 
-def check_fold(refocused: nn.Module, folded: nn.Module, images: Tensor) -> float:
-    """Compare a folded network with the one it comes from.
-
-    Returns:
-        The largest absolute difference of their logits.
-
-    Raises:
-        CheckFailed: the logits differ by more than rounding, or a prediction differs.
-    """
-    before, after = logits(refocused, images), logits(folded, images)
-    difference, limit = (before - after).abs().max().item(), 1e-4 * max(1.0, before.abs().max().item())
-    if not difference <= limit:
-        raise CheckFailed(f"folding changed the logits by {difference:.3g}; rounding explains at most {limit:.3g}")
-    changed = int((before.argmax(1) != after.argmax(1)).sum())
-    if changed:
-        raise CheckFailed(f"folding changed the predictions of {changed} of {len(images)} images")
-    return difference
-
-
 def _keep_weights(path: Path, folded: nn.Module, images: Tensor) -> None:
     """Write the folded weights, and read them back into the original architecture."""
-    safetensors = require("safetensors.torch")
-    _write(path, lambda to: to.write_bytes(safetensors.save(folded.state_dict())))
+    write_weights(path, folded.state_dict())
     reloaded = SmallSeparableNet()
-    reloaded.load_state_dict(safetensors.load_file(path), strict=True)
+    reloaded.load_state_dict(read_weights(path)[0], strict=True)
     if not torch.equal(logits(reloaded, images), logits(folded, images)):
         raise CheckFailed(f"{path}, loaded into the original architecture, does not give the folded network's outputs")
 
@@ -201,29 +183,10 @@ def _keep_picture(path: Path, refocused: nn.Module) -> None:
     layers = ((n, m) for n, m in refocused.named_modules() if isinstance(m, RefConv2d) and m.groups > 1)
     name, layer = next(layers)
     title = f"Refocusing Learning: {_SHOWN} of the {layer.out_channels} depthwise kernels of layer {name}"
-    _write(path, lambda to: draw_kernels(layer.basis_weight, layer.weight, to, title=title, count=_SHOWN))
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file and rename it, so that ``path`` is never half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, lambda to: draw_kernels(layer.basis_weight, layer.weight, to, title=title, count=_SHOWN))
 
 
 # --- text ---------------------------------------------------------------------------------------------------
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (names or [platform.processor() or platform.machine()])[0]
 
 
 def report(results: Mapping[str, Any]) -> str:

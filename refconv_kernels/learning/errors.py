@@ -38,15 +38,15 @@ class Diverged(LearningError, FloatingPointError):
 
 
 class MissingExtra(LearningError, ImportError):
-    """A package of the ``learn`` extra is not installed."""
+    """A package of an extra is not installed."""
 
 
 class CheckFailed(LearningError, RuntimeError):
     """Two computations that must agree do not."""
 
 
-def require(name: str) -> Any:
-    """Import a module of the ``learn`` extra.
+def require(name: str, extra: str = "learn") -> Any:
+    """Import a module of one of this package's extras.
 
     Raises:
         MissingExtra: it is not installed; the message names the ``pip`` command.
@@ -55,5 +55,5 @@ def require(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingExtra(
-            f'{name.partition(".")[0]} cannot be imported ({error}): pip install "refconv_kernels[learn]"'
+            f'{name.partition(".")[0]} cannot be imported ({error}): pip install "refconv_kernels[{extra}]"'
         ) from error

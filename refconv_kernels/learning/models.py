@@ -1,12 +1,17 @@
-"""Networks to train: a small depthwise-separable one, MobileNetV1 and MobileNetV2, in plain PyTorch."""
+"""Networks to train: small depthwise-separable ones, MobileNetV1 and V2, ResNet-20, and where others come from."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["MobileNetV1", "MobileNetV2", "SmallSeparableNet"]
+from refconv_kernels.learning.errors import SettingsError, require
+
+__all__ = ["BUILT_IN", "MobileNetV1", "MobileNetV2", "ResNet20", "SmallSeparableNet", "build"]
 
 
 def _conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True) -> nn.Module:
@@ -27,9 +32,15 @@ class SmallSeparableNet(nn.Module):
     Returns logits ``[B, classes]``.
     """
 
-    def __init__(self, channels: int = 1, classes: int = 10, widths: tuple[int, ...] = (32, 64, 96, 128)) -> None:
+    def __init__(
+        self,
+        channels: int = 1,
+        classes: int = 10,
+        widths: tuple[int, ...] = (32, 64, 96, 128),
+        stem_stride: int = 1,
+    ) -> None:
         super().__init__()
-        self.stem = _conv_bn(channels, widths[0], 3)
+        self.stem = _conv_bn(channels, widths[0], 3, stem_stride)
         # The resolution halves at every second block.
         pairs = itertools.pairwise(widths)
         self.blocks = nn.Sequential(*(_separable(i, o, 1 + n % 2) for n, (i, o) in enumerate(pairs)))
@@ -40,12 +51,12 @@ class SmallSeparableNet(nn.Module):
 
 
 class MobileNetV1(nn.Module):
-    """MobileNetV1 at width 1 (Howard et al., 2017). Images ``[B, 3, H, W]``, logits ``[B, classes]``."""
+    """MobileNetV1 at width 1 (Howard et al., 2017). Images ``[B, channels, H, W]``, logits ``[B, classes]``."""
 
-    def __init__(self, classes: int = 1000) -> None:
+    def __init__(self, classes: int = 1000, channels: int = 3) -> None:
         super().__init__()
         outputs = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
-        layers, width = [_conv_bn(3, 32, 3, 2)], 32
+        layers, width = [_conv_bn(channels, 32, 3, 2)], 32
         for out, stride in outputs:
             layers.append(_separable(width, out, stride))
             width = out
@@ -70,9 +81,12 @@ class _InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 at width 1 (Sandler et al., 2018), with ReLU. Images ``[B, 3, H, W]``, logits ``[B, classes]``."""
+    """MobileNetV2 at width 1 (Sandler et al., 2018), with ReLU.
 
-    def __init__(self, classes: int = 1000) -> None:
+    Images ``[B, channels, H, W]``, logits ``[B, classes]``.
+    """
+
+    def __init__(self, classes: int = 1000, channels: int = 3) -> None:
         super().__init__()
         # expansion, output channels, blocks, stride of the first block
         plan = [
@@ -84,7 +98,7 @@ class MobileNetV2(nn.Module):
             (6, 160, 3, 2),
             (6, 320, 1, 1),
         ]
-        layers, width = [_conv_bn(3, 32, 3, 2)], 32
+        layers, width = [_conv_bn(channels, 32, 3, 2)], 32
         for expansion, out, blocks, stride in plan:
             for block in range(blocks):
                 layers.append(_InvertedResidual(width, out, stride if block == 0 else 1, expansion))
@@ -95,3 +109,97 @@ class MobileNetV2(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.features(images).mean((2, 3)))
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.added = stride, outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        if self.added:  # option A of the paper: every other pixel, the new channels zero
+            half = self.added // 2
+            x = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], [0, 0, 0, 0, half, self.added - half])
+        return (x + y).relu()
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 for 32x32 images (He et al., 2015, section 4.2), shortcuts without parameters.
+
+    Images ``[B, channels, H, W]``, logits ``[B, classes]``. Names as in widely used checkpoints
+    (``layer1.0.conv1``, ``linear``), which load as they are.
+    """
+
+    def __init__(self, classes: int = 10, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(_BasicBlock(16, 16, 1) for _ in range(3)))
+        self.layer2 = nn.Sequential(*(_BasicBlock(16 if n == 0 else 32, 32, 2 - (n > 0)) for n in range(3)))
+        self.layer3 = nn.Sequential(*(_BasicBlock(32 if n == 0 else 64, 64, 2 - (n > 0)) for n in range(3)))
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(images)).relu()
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+#: Networks by name: what ``--model`` takes without a colon.
+BUILT_IN: dict[str, Callable[[int, int], nn.Module]] = {
+    "small": lambda channels, classes: SmallSeparableNet(channels, classes),
+    "separable": lambda channels, classes: SmallSeparableNet(channels, classes, (16, 32, 64, 64, 128, 128), 2),
+    "mobilenetv1": lambda channels, classes: MobileNetV1(classes, channels),
+    "mobilenetv2": lambda channels, classes: MobileNetV2(classes, channels),
+    "resnet20": lambda channels, classes: ResNet20(classes, channels),
+}
+
+
+def build(name: str, channels: int, classes: int) -> nn.Module:
+    """A classifier with random weights, images ``[B, channels, H, W]`` to logits ``[B, classes]``.
+
+    Args:
+        name: one of :data:`BUILT_IN`; ``timm:<name>``; ``torchvision:<name>``; or ``<module>:<function>``, a function
+            that is called with ``num_classes=classes`` and returns a module. That imports the module: it is code.
+        channels: of the images.
+        classes: number of classes.
+
+    Raises:
+        SettingsError: there is no such network, or it cannot be built.
+        MissingExtra: timm or torchvision is not installed.
+
+    Example:
+        >>> build("resnet20", 3, 10)(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name](channels, classes)
+    source, colon, inner = name.partition(":")
+    if not colon or not source or not inner:
+        known = ", ".join(BUILT_IN)
+        raise SettingsError(
+            f"model (={name!r}) must be one of {known}, or timm:NAME, torchvision:NAME or MODULE:FUNCTION"
+        )
+    arguments: dict[str, Any] = {"num_classes": classes}
+    if source == "timm":
+        function: Any = require("timm").create_model
+        arguments.update(model_name=inner, in_chans=channels)
+    elif source == "torchvision":
+        function = require("torchvision.models").get_model
+        arguments.update(name=inner)
+    else:
+        try:
+            function = getattr(importlib.import_module(source), inner)
+        except (ImportError, AttributeError) as error:
+            raise SettingsError(f"model (={name!r}) cannot be imported: {error}") from error
+    try:
+        model = function(**arguments)
+    except Exception as error:
+        raise SettingsError(f"model (={name!r}) cannot be built: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"model (={name!r}) is a {type(model).__name__}, it must be a torch.nn.Module")
+    return model

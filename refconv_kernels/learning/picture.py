@@ -1,15 +1,18 @@
-"""A picture of what Refocusing Learning did to a layer's kernels."""
+"""Pictures: what Refocusing Learning did to a layer's kernels, and the curves of trainings."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from refconv_kernels.learning.checkpoint import write_file
 from refconv_kernels.learning.errors import require
 
-__all__ = ["draw_kernels"]
+__all__ = ["draw_curves", "draw_kernels"]
 
 
 def draw_kernels(basis: Tensor, transformed: Tensor, path: Path, *, title: str, count: int = 16) -> None:
@@ -52,3 +55,28 @@ def draw_kernels(basis: Tensor, transformed: Tensor, path: Path, *, title: str, 
     figure.colorbar(drawn, ax=axes, shrink=0.9, pad=0.01, label="weight / largest magnitude")
     figure.suptitle(f"{title}\n(each divided by its largest magnitude, printed under it)", fontsize=10)
     figure.savefig(path, format="png", dpi=150)
+
+
+def draw_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Draw training loss and test accuracy by epoch as a PNG, a line per training.
+
+    Args:
+        histories: by name: entries with ``epoch``, ``loss`` and ``accuracy``, either of which may be None.
+        path: file to write.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        CheckpointError: the file cannot be written.
+    """
+    figure = require("matplotlib.figure").Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axis, key, label in ((left, "loss", "training loss (nats)"), (right, "accuracy", "test accuracy in %")):
+        for name, history in histories.items():
+            points = [(entry["epoch"], entry[key]) for entry in history if entry[key] is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.grid(alpha=0.3)
+    if right.get_legend_handles_labels()[0]:
+        right.legend()
+    write_file(path, lambda to: figure.savefig(to, format="png", dpi=110))

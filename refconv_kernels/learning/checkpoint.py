@@ -1,0 +1,171 @@
+"""Files that are whole or absent, and that run no code when they are read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refconv_kernels.learning.errors import CheckpointError, require
+
+__all__ = ["FORMAT", "Checkpoint", "read", "read_weights", "write", "write_file", "write_weights"]
+
+#: Says whose file it is, and in which version of its layout.
+FORMAT = "refconv_kernels.learning/1"
+
+
+class Checkpoint:
+    """Tensors by name, and a description of them.
+
+    Args:
+        tensors: names begin with ``model.``, ``average.``, ``momentum.`` or ``state.``.
+        about: anything that JSON can hold: settings, position, history.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        self.tensors, self.about = dict(tensors), dict(about)
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with ``name`` and a dot, without it."""
+        return {key[len(name) + 1 :]: t for key, t in self.tensors.items() if key.startswith(name + ".")}
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The ``state_dict`` of the network to evaluate: the average, where one was kept."""
+        return {**self.part("model"), **self.part("average")}
+
+
+def write_file(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let ``fill`` write a temporary file beside ``path``, flush it to the disk and rename it.
+
+    Whatever happens, ``path`` is afterwards the old file or the new one.
+
+    Raises:
+        CheckpointError: the file cannot be written; the message says why (a full disk, no permission).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fill(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except Exception as error:
+        # safetensors reports what the system says as text
+        if not isinstance(error, OSError) and "I/O error" not in str(error) and "IoError" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        kept = "the file from before is as it was" if path.exists() else "nothing was left there"
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        hint = ". Make room and go on with --resume" if full else ""
+        raise CheckpointError(f"cannot write {path}: {reason}; {kept}{hint}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint as safetensors; see :func:`write_file`."""
+    _write_safetensors(path, checkpoint.tensors, {"format": FORMAT, "about": json.dumps(checkpoint.about)})
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a ``state_dict``: pickled, as ``torch.save`` does, for ``.pth`` and ``.pt``, else as safetensors."""
+    if path.suffix in (".pth", ".pt"):
+        write_file(path, lambda to: torch.save(dict(weights), to))
+    else:
+        _write_safetensors(path, weights, {"format": "pt"})
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
+    save = require("safetensors.torch").save_file
+    kept: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        shared = tensor.numel() > 0 and tensor.untyped_storage().data_ptr() in seen
+        kept[name] = tensor.clone() if shared else tensor  # tied weights: safetensors wants each by itself
+        seen.add(tensor.untyped_storage().data_ptr())
+    write_file(path, lambda to: save(kept, to, about))
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint that :func:`write` wrote.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is some other file.
+    """
+    tensors, metadata = _read_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this program: its format is {metadata.get('format')!r}, not {FORMAT!r}"
+        )
+    try:
+        return Checkpoint(tensors, json.loads(metadata["about"]))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: its description cannot be read ({error})") from error
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A network's ``state_dict`` from a file of this program's or another's, and what is known about it.
+
+    Args:
+        path: a checkpoint or any safetensors file; a ``.pth``, ``.pt`` or ``.th`` file of a ``state_dict``, perhaps
+            inside a dictionary under ``state_dict`` or ``model``; or the folder of a training.
+
+    Returns:
+        The ``state_dict``, without the prefixes ``module.`` and ``_orig_mod.`` that wrappers leave, and the
+        description of a :class:`Checkpoint`, empty for other files.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something else. Pickled code is never run.
+    """
+    if path.is_dir():
+        path = path / "checkpoint.safetensors"
+    about: dict[str, Any] = {}
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+        if metadata.get("format") == FORMAT:
+            checkpoint = read(path)
+            tensors, about = checkpoint.weights, checkpoint.about
+    else:
+        tensors = _read_pickle(path)
+    for prefix in ("module.", "_orig_mod."):
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors, about
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    safe_open = require("safetensors").safe_open
+    _check_exists(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error})") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    _check_exists(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        what = "is damaged" if zipfile.is_zipfile(path) or os.path.getsize(path) == 0 else "cannot be read"
+        raise CheckpointError(f"{path} {what}, or holds more than tensors: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, it must hold a state_dict of tensors")
+    return dict(content)
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")

@@ -1,0 +1,156 @@
+"""Several processes that train one network: who I am, what is shared, and what is added up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from refconv_kernels.learning.errors import SettingsError
+
+__all__ = ["ALONE", "Processes", "SyncBatchNorm2d", "assign", "joined", "whole"]
+
+PARALLEL = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of one training, as this one sees them.
+
+    Args:
+        rank: number of this process; 0 alone writes.
+        size: how many there are.
+        parallel: ``"ddp"`` (every process holds the network) or ``"fsdp"`` (each holds a part of it).
+    """
+
+    rank: int = 0
+    size: int = 1
+    parallel: str = "ddp"
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process' part of a batch."""
+        return rows.tensor_split(self.size)[self.rank]
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """What to call instead of ``model``, whose parameters become shared; BatchNorm sees the whole batch."""
+        if self.size == 1:
+            return model
+        if device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        else:
+            _sync_batch_norm(model)
+        if self.parallel == "ddp":
+            trained = any(p.requires_grad for p in model.parameters())
+            return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if trained else model
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.init_device_mesh(device.type, (self.size,))
+        for child in model.children():
+            if not isinstance(child, (nn.ModuleList, nn.ModuleDict)) and any(True for _ in child.parameters()):
+                fully_shard(child, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    def accumulate(self, wrapped: nn.Module, last: bool) -> Any:
+        """A context for a backward; gradients are exchanged in that of the ``last`` part of a batch."""
+        if self.size == 1:
+            return nullcontext()
+        if self.parallel == "fsdp":
+            wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
+            return nullcontext()
+        return nullcontext() if last else wrapped.no_sync()  # type: ignore[operator]
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum of ``numbers`` over all processes."""
+        if self.size > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether ``flag`` is set in any process."""
+        return flag if self.size == 1 else bool(self.total(torch.tensor(int(flag), device=device)))
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joined(parallel: str, device: torch.device) -> Iterator[Processes]:
+    """The processes that ``torchrun`` started, connected; :data:`ALONE` without it.
+
+    Raises:
+        SettingsError: ``parallel`` is unknown.
+    """
+    if parallel not in PARALLEL:
+        raise SettingsError(f"parallel (={parallel!r}) must be one of {PARALLEL}")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), parallel)
+    finally:
+        dist.destroy_process_group()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which every process may hold a part; every process has to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def assign(tensor: Tensor, value: Tensor) -> None:
+    """Write all of ``value`` into ``tensor``, of which every process may hold a part."""
+    with torch.no_grad():
+        if hasattr(tensor, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = value.to(tensor.device, tensor.dtype)
+            tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
+        else:
+            tensor.copy_(value)
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes, on any device; :class:`torch.nn.SyncBatchNorm` needs a GPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        count = x.new_tensor([x.numel() / x.shape[1]])
+        total = all_reduce(torch.cat([x.sum((0, 2, 3)), count]))
+        mean = total[:-1] / total[-1]
+        centred = x - mean[:, None, None]
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / total[-1]
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                assert self.num_batches_tracked is not None
+                self.num_batches_tracked.add_(1)
+                share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean), share)
+                unbiased = variance * total[-1] / (total[-1] - 1)
+                self.running_var.lerp_(unbiased.to(self.running_var), share)
+        y = centred * (variance + self.eps).rsqrt()[:, None, None]
+        if self.weight is not None and self.bias is not None:
+            y = y * self.weight[:, None, None] + self.bias[:, None, None]
+        return y.to(input.dtype)
+
+
+def _sync_batch_norm(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d  # the same state, another forward

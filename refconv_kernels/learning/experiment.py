@@ -1,0 +1,187 @@
+"""Arms times seeds, paired: ``python -m refconv_kernels learn compare``."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from refconv_kernels.learning import checkpoint, log
+from refconv_kernels.learning.arms import ARMS
+from refconv_kernels.learning.compare import compare
+from refconv_kernels.learning.errors import LearningError
+from refconv_kernels.learning.picture import draw_curves
+from refconv_kernels.learning.run import Task, open_run, prepare_torch, run_task
+from refconv_kernels.learning.settings import Settings
+from refconv_kernels.learning.signals import Watch
+
+__all__ = ["report", "run_comparison"]
+
+#: What refocused arms are measured against, in the order of the table.
+CONTROLS = ("baseline", "retrain", "finetune", "retrain-tuned")
+
+
+def run_comparison(settings: Settings, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Train every arm from every seed, and judge the differences in accuracy on the test images after the last epoch.
+
+    All second trainings of a seed start from the same baseline and see the same images in the same order. A learning
+    rate is chosen, where ``retrain-tuned`` is asked for, on images held out from the training images, with a
+    baseline that has not seen them.
+
+    Args:
+        settings: ``compare`` says which arms, how many seeds and how many trainings at a time; ``seed`` is the
+            first seed. With ``pretrained`` every seed starts from those weights.
+        resume, quiet: as for :func:`~refconv_kernels.learning.run.learn`.
+
+    Returns:
+        All figures, as in ``comparison.json``; :func:`report` makes text of them, which ``comparison.txt`` holds.
+
+    Raises:
+        LearningError, Stopped: as for :func:`~refconv_kernels.learning.run.learn`.
+    """
+    output, wanted = Path(settings.output), settings.compare
+    device = prepare_torch(settings)
+    with Watch() as watch:
+        open_run(settings, device, resume=resume)
+        given = None if settings.pretrained is None else Path(settings.pretrained)
+        seeds = {f"seed{n}": replace(settings, seed=n) for n in range(settings.seed, settings.seed + wanted.seeds)}
+        arms = list(dict.fromkeys(arm for arm in wanted.arms if arm != "baseline"))
+        for arm in arms:  # what cannot be is known before the first training
+            ARMS[arm].recipe(settings.recipe, 1.0)
+        tuning, tuned = output / "tuning", None
+        first = [Task(output / name / "baseline", own, "baseline", given) for name, own in seeds.items()]
+        if "retrain-tuned" in arms:
+            held = wanted.held_out
+            base = Task(tuning / "baseline", settings, "baseline", given, held_out=held)
+            _all([*first, base], wanted.jobs, watch, quiet)
+            tasks = [
+                Task(tuning / f"lr-{rate:g}", settings, "retrain-tuned", given or base.directory, rate, held)
+                for rate in wanted.rates
+            ]
+            results = _all(tasks, wanted.jobs, watch, quiet)
+            tuned = max(zip(results, wanted.rates, strict=True), key=lambda pair: pair[0]["accuracy"])[1]
+            rates = [{"lr": r, "held_out_accuracy": x["accuracy"]} for r, x in zip(wanted.rates, results, strict=True)]
+        else:
+            _all(first, wanted.jobs, watch, quiet)
+            rates = []
+        second = [
+            Task(output / name / arm, own, arm, given or output / name / "baseline", tuned if _tuned(arm) else None)
+            for name, own in seeds.items()
+            for arm in arms
+        ]
+        done = _all([*first, *second], wanted.jobs, watch, quiet)
+    by_arm: dict[str, list[dict[str, Any]]] = {}
+    for result in done:
+        by_arm.setdefault(result["arm"], []).append(result)
+    summary = _summary(settings, by_arm, rates, tuned)
+    log.write_json(output / "comparison.json", summary)
+    checkpoint.write_file(output / "comparison.txt", lambda path: path.write_text(report(summary) + "\n"))
+    draw_curves({arm: results[0]["history"] for arm, results in by_arm.items()}, output / "curves.png")
+    return summary
+
+
+def _tuned(arm: str) -> bool:
+    return ARMS[arm].lr == "tuned"
+
+
+def _all(tasks: Sequence[Task], jobs: int, watch: Watch, quiet: bool) -> list[dict[str, Any]]:
+    """The results of ``tasks`` in their order, ``jobs`` at a time."""
+    if jobs == 1 or len(tasks) < 2:
+        return [_one(task, watch, quiet) for task in tasks]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(_one, task, None, True) for task in tasks]
+        try:
+            return [one.result() for one in running]
+        except BrokenProcessPool as error:
+            raise LearningError("a training's process was killed (too little memory?); go on with --resume") from error
+        finally:
+            for one in running:
+                one.cancel()
+
+
+def _one(task: Task, watch: Watch | None, quiet: bool) -> dict[str, Any]:
+    """Do one task; in a process of its own (``watch`` is None) it listens to signals itself."""
+    if watch is not None:
+        result = run_task(task, watch=watch, quiet=quiet)
+    else:
+        with Watch() as own:
+            prepare_torch(task.settings)
+            result = run_task(task, watch=own, quiet=quiet)
+    if quiet or not sys.stderr.isatty():
+        name = f"{task.directory.parent.name}/{task.directory.name}"
+        print(f"{name}: {result['accuracy']:.2f} %, {result['seconds']:.0f} s", file=sys.stderr, flush=True)
+    return result
+
+
+def _summary(
+    settings: Settings, by_arm: dict[str, list[dict[str, Any]]], rates: list[dict[str, float]], tuned: float | None
+) -> dict[str, Any]:
+    right = {arm: [result["accuracy"] for result in results] for arm, results in by_arm.items()}
+    differences = []
+    for arm, own in right.items():
+        for control in CONTROLS if ARMS[arm].refocused else CONTROLS[:1]:
+            if control in right and control != arm:
+                found = compare([a - b for a, b in zip(own, right[control], strict=True)])
+                differences.append({"arm": arm, "minus": control, **asdict(found)})
+    first = next(iter(by_arm.values()))[0]
+    return {
+        "data": first["data"],
+        "images": first["images"],
+        "settings": first["settings"],
+        "seeds": settings.compare.seeds,
+        "tuning": {"rates": rates, "chosen": tuned},
+        "arms": {
+            arm: {
+                "text": ARMS[arm].text,
+                "accuracy": right[arm],  # % of the test images after the last epoch, one per seed
+                "accuracy_mean": statistics.fmean(right[arm]),
+                "lr": results[0]["lr"],
+                "training_parameters": results[0]["training_parameters"],
+                "deployed_parameters": results[0]["deployed_parameters"],
+                "seconds_per_epoch": statistics.median(e["seconds"] for r in results for e in r["history"]),
+                "fold_difference": max(result["fold_difference"] for result in results),
+            }
+            for arm, results in by_arm.items()
+        },
+        "differences": differences,
+    }
+
+
+def report(summary: dict[str, Any]) -> str:
+    """The figures of :func:`run_comparison` as text."""
+    settings = summary["settings"]
+    wide = max(len(name) for name in summary["arms"]) + 2
+    lines = [
+        f"{summary['data']}: {summary['images']} training images; model {settings['model']}, "
+        f"{settings['recipe.epochs']} epochs each, {summary['seeds']} seeds, form {settings['form']}.",
+        "Accuracy on the test images after the last epoch, in %. Every second training starts from its seed's baseline.",
+        "",
+        f"{'':<{wide}}{'trained':>12}{'deployed':>12}{'lr':>9}{'s/epoch':>9}{'mean':>8}   per seed",
+    ]
+    for arm, entry in summary["arms"].items():
+        each = "  ".join(f"{value:.2f}" for value in entry["accuracy"])
+        lines.append(
+            f"{arm:<{wide}}{entry['training_parameters']:>12,}{entry['deployed_parameters']:>12,}{entry['lr']:>9g}"
+            f"{entry['seconds_per_epoch']:>9.1f}{entry['accuracy_mean']:>8.2f}   {each}"
+        )
+    lines += ["", "Differences in percentage points, paired by seed, with 95 % confidence intervals (Student's t)"]
+    names = [f"{d['arm']} - {d['minus']}" for d in summary["differences"]]
+    wide = max(map(len, names), default=0) + 2
+    for name, d in zip(names, summary["differences"], strict=True):
+        interval = "" if d["low"] is None else f"[{d['low']:+.2f}, {d['high']:+.2f}]"
+        lines.append(f"{name:<{wide}}{d['mean']:>+7.2f}   {interval:<16} {d['verdict']}")
+    if len(names) > 1:
+        lines.append(f"({len(names)} intervals: by chance alone one in twenty excludes zero.)")
+    if summary["tuning"]["rates"]:
+        tried = ", ".join(f"{r['lr']:g}: {r['held_out_accuracy']:.2f}" for r in summary["tuning"]["rates"])
+        lines.append(f"learning rate of retrain-tuned, by accuracy on held-out training images ({tried})")
+    return "\n".join(lines)
+
+

@@ -1,0 +1,54 @@
+"""Being asked to stop, by Ctrl-C or by a scheduler: note it, finish the step, save, and leave."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+__all__ = ["Stopped", "Watch"]
+
+
+class Stopped(Exception):
+    """A training was asked to stop, and has saved where it is.
+
+    Args:
+        text: what was saved, and how to go on.
+        signal_number: of the signal that asked.
+    """
+
+    def __init__(self, text: str, signal_number: int) -> None:
+        super().__init__(text, signal_number)  # both, so that it can come from another process
+        self.text, self.signal_number = text, signal_number
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def exit_code(self) -> int:
+        """128 plus the signal, as shells count."""
+        return 128 + self.signal_number
+
+
+class Watch:
+    """While it is entered, SIGINT and SIGTERM are noted in :attr:`asked`; a second one acts as it did before."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Watch:
+        if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number
+        signal.signal(number, self._before[number])
