@@ -93,15 +93,14 @@ def _error(message: object) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from refconv_kernels.learning import demo
-    from refconv_kernels.learning.data import MissingExtra
-    from refconv_kernels.learning.loop import CheckFailed
+    from refconv_kernels.learning.errors import LearningError
 
     numbers = {name: value for name in ("seeds", "epochs") if (value := getattr(arguments, name)) is not None}
     try:
         results = demo.run(arguments.output, quiet=arguments.quiet, **numbers)
     except OSError as error:
         return _error(f"cannot write to {arguments.output}: {error.strerror or error}")
-    except (MissingExtra, CheckFailed, FloatingPointError) as error:
+    except LearningError as error:
         return _error(error)
     print(demo.report(results))
     return 0

@@ -60,7 +60,10 @@ class Arm:
             _draw_bases(source, map_size)
         if self.transform is not None:
             name, init, size = self.transform, options["init"], options["map_size"]
-            options = {"transform": lambda conv: variant(name, conv, map_size=size, init=init)}
+            options = {
+                "transform": lambda conv: variant(name, conv, map_size=size, init=init),
+                "where": lambda _, conv: size <= min(conv.kernel_size),  # the layers that "refconv" has
+            }
         else:
             options["form"] = form
         try:
@@ -78,8 +81,7 @@ class Arm:
 
 
 def _draw_bases(model: nn.Module, map_size: int) -> None:
-    for layer in refocus(model, map_size=map_size).named_modules():
-        name, module = layer
+    for name, module in refocus(model, map_size=map_size, init="zeros").named_modules():
         if isinstance(module, RefConv2d):
             model.get_submodule(name).reset_parameters()  # type: ignore[operator]
 

@@ -55,7 +55,8 @@ class Processes:
         for child in model.children():
             if not isinstance(child, (nn.ModuleList, nn.ModuleDict)) and any(True for _ in child.parameters()):
                 fully_shard(child, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
 
     def accumulate(self, wrapped: nn.Module, last: bool) -> Any:
         """A context for a backward; gradients are exchanged in that of the ``last`` part of a batch."""
@@ -115,12 +116,11 @@ def assign(tensor: Tensor, value: Tensor) -> None:
     """Write all of ``value`` into ``tensor``, of which every process may hold a part."""
     with torch.no_grad():
         if hasattr(tensor, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
+            from torch.distributed.tensor import DTensor, distribute_tensor
 
-            value = value.to(tensor.device, tensor.dtype)
-            tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
-        else:
-            tensor.copy_(value)
+            assert isinstance(tensor, DTensor)
+            value = distribute_tensor(value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+        tensor.copy_(value)
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import statistics
 import sys
@@ -18,9 +17,10 @@ from refconv_kernels.learning.arms import ARMS
 from refconv_kernels.learning.compare import compare
 from refconv_kernels.learning.errors import LearningError
 from refconv_kernels.learning.picture import draw_curves
-from refconv_kernels.learning.run import Task, open_run, prepare_torch, run_task
+from refconv_kernels.learning.run import open_run
 from refconv_kernels.learning.settings import Settings
 from refconv_kernels.learning.signals import Watch
+from refconv_kernels.learning.tasks import Task, prepare_torch, run_task
 
 __all__ = ["report", "run_comparison"]
 
@@ -161,7 +161,7 @@ def report(summary: dict[str, Any]) -> str:
     lines = [
         f"{summary['data']}: {summary['images']} training images; model {settings['model']}, "
         f"{settings['recipe.epochs']} epochs each, {summary['seeds']} seeds, form {settings['form']}.",
-        "Accuracy on the test images after the last epoch, in %. Every second training starts from its seed's baseline.",
+        "Accuracy on the test images after the last epoch, in %. Every arm starts from the baseline of its seed.",
         "",
         f"{'':<{wide}}{'trained':>12}{'deployed':>12}{'lr':>9}{'s/epoch':>9}{'mean':>8}   per seed",
     ]
@@ -183,5 +183,3 @@ def report(summary: dict[str, Any]) -> str:
         tried = ", ".join(f"{r['lr']:g}: {r['held_out_accuracy']:.2f}" for r in summary["tuning"]["rates"])
         lines.append(f"learning rate of retrain-tuned, by accuracy on held-out training images ({tried})")
     return "\n".join(lines)
-
-

@@ -115,5 +115,3 @@ def _check(network: nn.Module, images: Tensor, program: Any) -> float:
             raise CheckFailed(f"the exported program differs by {difference:.3g}; rounding explains {limit:.3g}")
         largest = max(largest, difference)
     return largest
-
-

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,8 @@ def fold_file(source: Path, output: Path, *, identity: bool | None = None) -> in
     """Write the plain network's ``state_dict``: ``python -m refconv_kernels fold``.
 
     Args:
-        source: a checkpoint of ``learn`` or the folder of a training; or the ``state_dict`` of a refocused network, of this library
-            or the authors', as safetensors or ``.pth``.
+        source: a checkpoint of ``learn`` or the folder of a training; or the ``state_dict`` of a refocused network,
+            of this library or the authors', as safetensors or ``.pth``.
         output: ``.safetensors``, ``.pth`` or ``.pt``.
         identity: whether the transformation adds ``W_b``; None takes what the checkpoint says, or True.
 
@@ -50,7 +49,8 @@ def fold_weights(
     """The ``state_dict`` of the plain network from that of a refocused one.
 
     Args:
-        weights: with ``basis_weight`` and ``transform.*`` of each layer, or the authors' ``weight`` and ``convmap.weight``.
+        weights: with ``basis_weight`` and ``transform.*`` of each layer, or the authors' ``weight`` and
+            ``convmap.weight``.
         identity: the transformation adds ``W_b``.
         transform: name of the transformation in Table VII; None for the paper's own in either form.
 
@@ -72,7 +72,9 @@ def fold_weights(
             try:
                 plain[owner + "weight"] = _transformed(tensor, own, identity, transform)
             except (ValueError, RuntimeError, TypeError, KeyError) as error:
-                raise CheckpointError(f"layer {owner.rstrip('.') or '(the network)'} cannot be folded: {error}") from error
+                raise CheckpointError(
+                    f"layer {owner.rstrip('.') or '(the network)'} cannot be folded: {error}"
+                ) from error
         elif owner is None or not rest.startswith(("transform.", "convmap.")):
             plain[key] = tensor
     return plain, len(layers)
@@ -91,7 +93,9 @@ def _transformed(basis: Tensor, own: dict[str, Tensor], identity: bool, transfor
             "fold the network itself with refconv_kernels.reparameterize"
         )
     groups, map_size = maps[0].shape[1:3]
-    conv = nn.Conv2d(basis.shape[1] * groups, basis.shape[0], tuple(basis.shape[2:]), groups=groups, device="meta")
+    conv = nn.Conv2d(
+        basis.shape[1] * groups, basis.shape[0], (basis.shape[2], basis.shape[3]), groups=groups, device="meta"
+    )
     module = variant(transform, conv, map_size=map_size, identity=identity).to_empty(device=basis.device)
     module.load_state_dict(own)
     return module.to(basis.dtype)(basis)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from refconv_kernels.learning.augment import apply_views, draw_views
+from refconv_kernels.learning.batches import Batches, Presented
 from refconv_kernels.learning.checkpoint import Checkpoint
 from refconv_kernels.learning.data import ImageSet
 from refconv_kernels.learning.distributed import ALONE, Processes, assign, whole
-from refconv_kernels.learning.errors import CheckpointError, Diverged, SettingsError
+from refconv_kernels.learning.errors import CheckpointError, Diverged
 from refconv_kernels.learning.recipe import Recipe
 
 __all__ = ["Training", "accuracy", "logits", "train", "train_step"]
@@ -64,24 +62,12 @@ class Training:
         compiled: bool = False,
         processes: Processes = ALONE,
     ) -> None:
-        self.data, self.recipe, self.seed, self.processes = data, recipe, seed, processes
-        self.device, self.dtype, self.channels_last = torch.device(device), _DTYPES.get(precision), channels_last
-        self.steps = recipe.steps_per_epoch(len(data))
-        smallest = (len(data) - 1) % recipe.batch_size + 1
-        if smallest < processes.size * recipe.accumulation:
-            raise SettingsError(
-                f"batch_size (={recipe.batch_size}) leaves {smallest} of {len(data)} images for the last batch, "
-                f"fewer than its {processes.size * recipe.accumulation} parts: choose another"
-            )
-        self.padding = data.shape[1] // 8 if recipe.crop_padding is None else recipe.crop_padding
-        self.mirror = data.mirrored if recipe.flip is None else recipe.flip
-        self._scale: tuple[Tensor, Tensor] | None = None
-        if mean is not None and std is not None:
-            if not len(mean) == len(std) == data.shape[0]:
-                raise SettingsError(f"mean and std (={len(mean)}, {len(std)} numbers) must be one per channel")
-            self._scale = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
-        layout = torch.channels_last if channels_last else torch.preserve_format
-        self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.recipe, self.processes = recipe, processes
+        self.device, self.dtype = torch.device(device), _DTYPES.get(precision)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._batches = Batches(data, recipe, seed, Presented(mean, std, self.device, layout), processes)
+        self.images, self.steps = len(data), self._batches.steps
+        self.model = model.to(self.device, memory_format=layout if channels_last else torch.preserve_format)  # type: ignore[call-overload]
         wrapped = processes.wrap(self.model, self.device)
         self._wrapped, self._network = wrapped, torch.compile(wrapped) if compiled else wrapped
         self.optimizer = recipe.optimizer(self.model)
@@ -90,10 +76,6 @@ class Training:
         self.history: list[dict[str, Any]] = []
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)  # sum over this epoch's images
         self._average: dict[str, Tensor] = {}
-        self._order: tuple[int, Tensor] | None = None
-        self._ahead: tuple[tuple[int, int], Future] | None = None
-        slow = self.device.type != "cpu" or not hasattr(data, "images")  # images are decoded, or the CPU has time
-        self._loader = ThreadPoolExecutor(1) if slow else None
 
     # --- steps ------------------------------------------------------------------------------------------------
 
@@ -109,12 +91,14 @@ class Training:
         """One step of the optimizer, on the next batch."""
         recipe, size = self.recipe, self.processes.size
         self.model.train()
-        images, labels, total = self._next_batch()
+        images, labels, total = self._batches.get(self.epoch, self.step_in_epoch)
         rate = recipe.learning_rate(self.epoch * self.steps + self.step_in_epoch, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        parts = list(zip(images.tensor_split(recipe.accumulation), labels.tensor_split(recipe.accumulation), strict=True))
+        parts = list(
+            zip(images.tensor_split(recipe.accumulation), labels.tensor_split(recipe.accumulation), strict=True)
+        )
         for number, (x, y) in enumerate(parts):
             with self.processes.accumulate(self._wrapped, number == len(parts) - 1):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
@@ -147,13 +131,13 @@ class Training:
             Diverged: the loss is no longer finite.
         """
         self.check()
-        loss = self.processes.total(self._loss.clone()).item() / len(self.data)
+        loss = self.processes.total(self._loss.clone()).item() / self.images
         lr = self.optimizer.param_groups[0]["lr"]
         self.history.append({"epoch": self.epoch + 1, "loss": loss, "lr": lr, **figures})
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self._loss.zero_()
-        if self.finished and self._loader is not None:
-            self._loader.shutdown()
+        if self.finished:
+            self._batches.close()
         return self.history[-1]
 
     def check(self) -> None:
@@ -162,39 +146,11 @@ class Training:
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} in epoch {self.epoch + 1}: lower the learning rate")
 
-    def _next_batch(self) -> tuple[Tensor, Tensor, int]:
-        here = self.epoch, self.step_in_epoch
-        if self._loader is None:
-            return self._batch(*here)
-        if self._ahead is None or self._ahead[0] != here:
-            self._ahead = here, self._loader.submit(self._batch, *here)
-        batch = self._ahead[1].result()
-        following = (here[0], here[1] + 1) if here[1] + 1 < self.steps else (here[0] + 1, 0)
-        self._ahead = following, self._loader.submit(self._batch, *following)
-        return batch
-
-    def _batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, int]:
-        """This process' images and labels of a step, and the number of images in all processes."""
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, torch.randperm(len(self.data), generator=_generator(self.seed, epoch))
-        rows = self._order[1][step * self.recipe.batch_size : (step + 1) * self.recipe.batch_size]
-        views = draw_views(len(rows), self.padding, self.mirror, _generator(self.seed, epoch, step))
-        mine = self.processes.share(rows)
-        images = apply_views(self.data.take(mine), self.processes.share(views), self.padding)
-        labels = self.data.labels[mine].to(self.device, non_blocking=True)
-        return self._prepared(images), labels, len(rows)
-
-    def _prepared(self, images: Tensor) -> Tensor:
-        if self._scale is not None:
-            images = (images - self._scale[0]) / self._scale[1]
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return images.to(self.device, non_blocking=True).contiguous(memory_format=layout)
-
     # --- evaluation -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, data: ImageSet) -> tuple[float, float]:
-        """Share of right answers in % and mean cross-entropy on ``data``, with the averaged weights if there are any."""
+        """Right answers in % and mean cross-entropy on ``data``, with the averaged weights where they are kept."""
         size = self.processes.size
         figures = torch.zeros(2, dtype=torch.float64, device=self.device)
         with self.averaged():
@@ -204,7 +160,7 @@ class Training:
                 counted = len(mine)
                 mine = mine if counted == len(rows) // size + (len(rows) % size > 0) else torch.cat([mine, rows[:1]])
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                    answer = self.model(self._prepared(data.take(mine)))
+                    answer = self.model(self._batches.presented(data.take(mine)))
                 answer, labels = answer[:counted].float(), data.labels[mine[:counted]].to(self.device)
                 figures[0] += (answer.argmax(1) == labels).sum()
                 figures[1] += F.cross_entropy(answer, labels, reduction="sum")
@@ -350,9 +306,3 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 def accuracy(predictions: Tensor, data: ImageSet) -> float:
     """Share of right answers in %; ``predictions`` are logits ``[N, classes]``."""
     return 100 * (predictions.argmax(1) == data.labels).sum().item() / len(data)
-
-
-def _generator(*numbers: int) -> Generator:
-    """Numbers for one purpose: a function of ``numbers`` alone."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -157,9 +157,10 @@ def to_toml(settings: Settings) -> str:
         if value is not None:
             section, _, key = name.rpartition(".")
             sections[section].append(f"{key} = {json.dumps(value)}")
-    return "\n".join(
-        "\n".join([f"\n[{section}]", *lines] if section else lines) for section, lines in sections.items()
-    ) + "\n"
+    return (
+        "\n".join("\n".join([f"\n[{section}]", *lines] if section else lines) for section, lines in sections.items())
+        + "\n"
+    )
 
 
 def from_toml(path: Path) -> Settings:
