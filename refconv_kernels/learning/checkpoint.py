@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refconv_kernels.learning.errors import CheckpointError, require
 
-__all__ = ["FORMAT", "Checkpoint", "read", "read_weights", "write", "write_file", "write_weights"]
+__all__ = ["FORMAT", "Checkpoint", "read", "read_weights", "remove_leftovers", "write", "write_file", "write_weights"]
 
 #: Says whose file it is, and in which version of its layout.
 FORMAT = "refconv_kernels.learning/1"
@@ -66,6 +66,12 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
         hint = ". Make room and go on with --resume" if full else ""
         raise CheckpointError(f"cannot write {path}: {reason}; {kept}{hint}") from error
     finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what :func:`write_file` left unfinished in a process that was killed."""
+    for temporary in directory.glob(".*.[0-9]*"):
         temporary.unlink(missing_ok=True)
 
 

@@ -130,6 +130,9 @@ def run_task(
     file = task.directory / CHECKPOINT
     if file.exists():
         _load(training, task, file)
+    processes.wait()
+    if processes.rank == 0:
+        checkpoint.remove_leftovers(task.directory)
     if task.arm == "baseline" and task.pretrained is not None:
         training.skip()  # it is trained: it is only evaluated
     title = f"{task.directory.parent.name}/{task.directory.name}"
