@@ -38,6 +38,7 @@ class Presented:
         self.channels = None if mean is None or std is None else (len(mean), len(std))
         if mean is not None and std is not None:
             self._mean, self._std = (torch.tensor(numbers)[:, None, None] for numbers in (mean, std))
+            self._std[self._std < 1e-6] = 1.0  # a channel that is the same everywhere
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.channels is not None:

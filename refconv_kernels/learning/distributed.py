@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from refconv_kernels.learning.errors import SettingsError
 
@@ -47,8 +48,11 @@ class Processes:
         else:
             _sync_batch_norm(model)
         if self.parallel == "ddp":
-            trained = any(p.requires_grad for p in model.parameters())
-            return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if trained else model
+            # Every process has the same buffers by itself. The option has another name since torch 2.13.
+            known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 kernels
+            return nn.parallel.DistributedDataParallel(model, **{name: False})
         from torch.distributed.fsdp import fully_shard
 
         mesh = dist.init_device_mesh(device.type, (self.size,))
@@ -123,6 +127,20 @@ def assign(tensor: Tensor, value: Tensor) -> None:
         tensor.copy_(value)
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, of values and of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor) -> Tensor:
+        numbers = numbers.clone()
+        dist.all_reduce(numbers)
+        return numbers
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _Sum.apply(gradient)
+
+
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over the batches of all processes, on any device; :class:`torch.nn.SyncBatchNorm` needs a GPU."""
 
@@ -132,10 +150,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self._check_input_dim(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         count = x.new_tensor([x.numel() / x.shape[1]])
-        total = all_reduce(torch.cat([x.sum((0, 2, 3)), count]))
+        total = _Sum.apply(torch.cat([x.sum((0, 2, 3)), count]))
         mean = total[:-1] / total[-1]
         centred = x - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / total[-1]
+        variance = _Sum.apply(centred.square().sum((0, 2, 3))) / total[-1]
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 assert self.num_batches_tracked is not None

@@ -103,7 +103,7 @@ class Training:
             with self.processes.accumulate(self._wrapped, number == len(parts) - 1):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                     answer = self._network(x)
-                loss = F.cross_entropy(answer.float(), y, reduction="sum", label_smoothing=recipe.label_smoothing)
+                loss = F.cross_entropy(_widened(answer), y, reduction="sum", label_smoothing=recipe.label_smoothing)
                 # Gradients are averaged over the processes, whose parts need not be equal.
                 self.scaler.scale(loss * (size / total)).backward()
             self._loss += loss.detach()
@@ -161,7 +161,7 @@ class Training:
                 mine = mine if counted == len(rows) // size + (len(rows) % size > 0) else torch.cat([mine, rows[:1]])
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                     answer = self.model(self._batches.presented(data.take(mine)))
-                answer, labels = answer[:counted].float(), data.labels[mine[:counted]].to(self.device)
+                answer, labels = _widened(answer[:counted]), data.labels[mine[:counted]].to(self.device)
                 figures[0] += (answer.argmax(1) == labels).sum()
                 figures[1] += F.cross_entropy(answer, labels, reduction="sum")
         right, loss = (self.processes.total(figures) / len(data)).tolist()
@@ -306,3 +306,7 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 def accuracy(predictions: Tensor, data: ImageSet) -> float:
     """Share of right answers in %; ``predictions`` are logits ``[N, classes]``."""
     return 100 * (predictions.argmax(1) == data.labels).sum().item() / len(data)
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refconv_kernels.learning.data.decoding import decode_all, quiet, reason, size_of
+from refconv_kernels.learning.data.decoding import SMALL, decode_all, quiet, reason, size_of
 from refconv_kernels.learning.data.images import Data, MemoryImages
 from refconv_kernels.learning.data.split import TEST_SHARE, split_rows
-from refconv_kernels.learning.errors import DataError, require
+from refconv_kernels.learning.errors import DataError, MissingExtra, require
 
 __all__ = ["load_archive"]
 
@@ -80,8 +81,12 @@ def _read(path: Path) -> dict[str, Any]:
     """The arrays that are known by their names."""
     numpy = require("numpy")
     try:
-        with numpy.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name in _KNOWN}
+        with path.open("rb") as file:  # NumPy leaves what it opens itself open where it fails
+            if not zipfile.is_zipfile(file):
+                raise ValueError("it is no zip archive, or not all of one")
+            file.seek(0)
+            with numpy.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files if name in _KNOWN}
     except Exception as error:  # of the file system, zipfile, zlib and NumPy
         raise DataError(f"{path} cannot be read as an .npz archive without pickled objects: {reason(error)}") from error
 
@@ -186,11 +191,13 @@ def _decoded(path: Path, jpeg: Any, offset: Any, count: int) -> Tensor:
     with quiet():
         try:
             size = size_of(files[0])
+        except MissingExtra:
+            raise
         except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
             failed = {0: reason(error)}
         else:
             files[0].seek(0)
-            pixels, failed = decode_all(files, size, fit=False)
+            pixels, failed = decode_all(files, size, fit=False, threads=size[0] * size[1] >= SMALL)
     if failed:
         number = min(failed)
         raise DataError(f"{path}: image {number} in jpeg cannot be used: {failed[number]}")

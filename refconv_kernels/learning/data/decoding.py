@@ -13,11 +13,13 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from torch import Tensor
 
-from refconv_kernels.learning.errors import require
+from refconv_kernels.learning.errors import MissingExtra, require
 
-__all__ = ["decode", "decode_all", "in_threads", "quiet", "size_of"]
+__all__ = ["SMALL", "decode", "decode_all", "in_threads", "quiet", "reason", "size_of"]
 
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+#: Pixels of an image from which on it pays to decode in several threads.
+SMALL = 96 * 96
 _CHUNK = 64  # files per task: small ones take less time than handing them to a thread
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -61,14 +63,14 @@ def decode(file: Path | BinaryIO, size: tuple[int, int] | None = None) -> Tensor
 
 def _rgb(image: Any) -> Any:
     if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip
-        image = image.point(lambda value: value * (1 / 256)).convert("L")
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if "transparency" in image.info:  # Pillow warns of a direct way from a palette with transparency
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def decode_all(
-    files: Sequence[Path | BinaryIO], size: tuple[int, int], *, fit: bool = True
+    files: Sequence[Path | BinaryIO], size: tuple[int, int], *, fit: bool = True, threads: bool = True
 ) -> tuple[Tensor, dict[int, str]]:
     """Decode ``files`` to ``[N, 3, H, W]``, uint8.
 
@@ -76,6 +78,8 @@ def decode_all(
         files: images of any size.
         size: height and width of the result.
         fit: whether to bring other images to ``size``, as :func:`decode` does; otherwise they fail.
+        threads: whether to share the work: it does not pay for :data:`SMALL` images, whose decoding is mostly
+            Python's own work.
 
     Returns:
         The pixels, undefined for files that cannot be read, and for each of these its place and the reason.
@@ -88,11 +92,14 @@ def decode_all(
             if image.shape != pixels.shape[1:]:
                 raise ValueError(f"it has {image.shape[1]} x {image.shape[2]} pixels, not {size[0]} x {size[1]}")
             pixels[number] = image
+        except MissingExtra:
+            raise
         except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
             return reason(error)
         return None
 
-    results = in_threads(fill, range(len(files)))
+    numbers = range(len(files))
+    results = in_threads(fill, numbers) if threads else [fill(number) for number in numbers]
     return pixels, {number: result for number, result in enumerate(results) if result is not None}
 
 
