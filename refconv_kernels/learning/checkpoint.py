@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,22 @@ from torch import Tensor
 
 from refconv_kernels.learning.errors import CheckpointError, require
 
-__all__ = ["FORMAT", "Checkpoint", "read", "read_weights", "remove_leftovers", "write", "write_file", "write_weights"]
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs apart there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "FORMAT",
+    "Checkpoint",
+    "locked",
+    "read",
+    "read_weights",
+    "remove_leftovers",
+    "write",
+    "write_file",
+    "write_weights",
+]
 
 #: Says whose file it is, and in which version of its layout.
 FORMAT = "refconv_kernels.learning/1"
@@ -67,6 +83,26 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
         raise CheckpointError(f"cannot write {path}: {reason}; {kept}{hint}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """This process alone uses ``directory``; the lock goes with the process, however it ends.
+
+    Raises:
+        CheckpointError: another process uses it, or it cannot be written.
+    """
+    with ExitStack() as opened:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context((directory / ".lock").open("w"))
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"another process is at work in {directory}") from error
+        except OSError as error:
+            raise CheckpointError(f"cannot use {directory} as a folder: {error.strerror or error}") from error
+        yield
 
 
 def remove_leftovers(directory: Path) -> None:

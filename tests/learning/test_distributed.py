@@ -178,7 +178,9 @@ def test_a_batch_is_shared_out_in_order() -> None:
 
 
 def test_a_batch_too_small_for_all_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"batch_size \(=35\) leaves 1 of 36 images for the last batch .* the 2 parts"):
+    with pytest.raises(
+        SettingsError, match=r"batch_size \(=35\) leaves 1 of 36 images for the last batch .* the 2 parts"
+    ):
         training("plain", Processes(0, 2), Recipe(batch_size=35))
 
 
@@ -186,5 +188,8 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with joined("ddp", torch.device("cpu")) as processes:
         assert processes == ALONE
-    with pytest.raises(SettingsError, match=r"parallel \(='tensor'\) must be one of"), joined("tensor", torch.device("cpu")):
+    with (
+        pytest.raises(SettingsError, match=r"parallel \(='tensor'\) must be one of"),
+        joined("tensor", torch.device("cpu")),
+    ):
         pass
