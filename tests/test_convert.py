@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -267,21 +266,6 @@ def test_training_lowers_the_loss_and_leaves_the_basis() -> None:
 
 
 # --- networks of other libraries ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def libraries() -> torch.library.Library:
-    """torchvision from PyPI expects operators that PyTorch's CPU builds lack; timm imports torchvision."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")
-    return library  # the operators live as long as it does
 
 
 def check_network(model: nn.Module, layers: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,8 +28,8 @@ class Arm:
         refocused: the network is refocused first.
         options: of :func:`~refconv_kernels.refocus`.
         transform: name of a transformation of Table VII.
-        random_basis: the basis is drawn anew, as :class:`torch.nn.Conv2d` draws its weights. All other weights
-            stay those of the pretrained network.
+        random_basis: the basis is drawn anew, as :class:`torch.nn.Conv2d` draws its weights. All other weights,
+            biases too, stay those of the pretrained network.
         lr: learning rate instead of the recipe's; ``"tuned"``: chosen on images held out from the training images.
     """
 
@@ -56,8 +57,6 @@ class Arm:
         if form == "thin" and not self.can_be_thin:
             raise SettingsError(f"form (={form!r}) is another model in this arm ({self.text}): use 'full'")
         source = copy.deepcopy(pretrained)
-        if self.random_basis:
-            _draw_bases(source, map_size)
         if self.transform is not None:
             name, init, size = self.transform, options["init"], options["map_size"]
             options = {
@@ -67,6 +66,8 @@ class Arm:
         else:
             options["form"] = form
         try:
+            if self.random_basis:
+                _draw_bases(source, map_size)
             return refocus(source, **options)
         except ValueError as error:
             raise SettingsError(str(error)) from error
@@ -81,9 +82,10 @@ class Arm:
 
 
 def _draw_bases(model: nn.Module, map_size: int) -> None:
-    for name, module in refocus(model, map_size=map_size, init="zeros").named_modules():
-        if isinstance(module, RefConv2d):
-            model.get_submodule(name).reset_parameters()  # type: ignore[operator]
+    for name, layer in refocus(model, map_size=map_size, init="zeros").named_modules():
+        if isinstance(layer, RefConv2d):
+            weight = model.get_parameter(f"{name}.weight" if name else "weight")
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
 
 ARMS: dict[str, Arm] = {

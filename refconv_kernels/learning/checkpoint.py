@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
-import zipfile
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,8 +34,12 @@ __all__ = [
     "write_weights",
 ]
 
+T = TypeVar("T")
+
 #: Says whose file it is, and in which version of its layout.
 FORMAT = "refconv_kernels.learning/1"
+
+_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
 
 
 class Checkpoint:
@@ -58,41 +63,46 @@ class Checkpoint:
         return {**self.part("model"), **self.part("average")}
 
 
-def write_file(path: Path, fill: Callable[[Path], object]) -> None:
+def write_file(path: Path, fill: Callable[[Path], T]) -> T:
     """Let ``fill`` write a temporary file beside ``path``, flush it to the disk and rename it.
 
     Whatever happens, ``path`` is afterwards the old file or the new one.
+
+    Returns:
+        What ``fill`` returned.
 
     Raises:
         CheckpointError: the file cannot be written; the message says why (a full disk, no permission).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        fill(temporary)
+        filled = fill(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        return filled
     except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error)
         # safetensors reports what the system says as text
-        if not isinstance(error, OSError) and "I/O error" not in str(error) and "IoError" not in str(error):
+        if not isinstance(error, OSError) and "I/O error" not in reason and "IoError" not in reason:
             raise
-        reason = getattr(error, "strerror", None) or error
-        kept = "the file from before is as it was" if path.exists() else "nothing was left there"
-        full = getattr(error, "errno", None) == errno.ENOSPC
+        kept = "the file from before is as it was" if os.path.exists(path) else "nothing was left there"
+        full = any(os.strerror(code) in reason for code in (errno.ENOSPC, errno.EDQUOT))
         hint = ". Make room and go on with --resume" if full else ""
         raise CheckpointError(f"cannot write {path}: {reason}; {kept}{hint}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """This process alone uses ``directory``; the lock goes with the process, however it ends.
 
     Raises:
         CheckpointError: another process uses it, or it cannot be written.
     """
-    with ExitStack() as opened:
+    with contextlib.ExitStack() as opened:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             file = opened.enter_context((directory / ".lock").open("w"))
@@ -107,8 +117,9 @@ def locked(directory: Path) -> Iterator[None]:
 
 def remove_leftovers(directory: Path) -> None:
     """Delete what :func:`write_file` left unfinished in a process that was killed."""
-    for temporary in directory.glob(".*.[0-9]*"):
-        temporary.unlink(missing_ok=True)
+    for file in directory.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+|\.tmp\w{6}", file.name):  # the second: safetensors' own, before ours
+            file.unlink(missing_ok=True)
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
@@ -119,7 +130,9 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write a ``state_dict``: pickled, as ``torch.save`` does, for ``.pth`` and ``.pt``, else as safetensors."""
     if path.suffix in (".pth", ".pt"):
-        write_file(path, lambda to: torch.save(dict(weights), to))
+        buffer = io.BytesIO()  # torch.save itself turns a full disk into a RuntimeError without a reason
+        torch.save(dict(weights), buffer)
+        write_file(path, lambda to: to.write_bytes(buffer.getbuffer()))
     else:
         _write_safetensors(path, weights, {"format": "pt"})
 
@@ -149,7 +162,7 @@ def read(path: Path) -> Checkpoint:
         )
     try:
         return Checkpoint(tensors, json.loads(metadata["about"]))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: its description cannot be read ({error})") from error
 
 
@@ -169,18 +182,16 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if path.is_dir():
         path = path / "checkpoint.safetensors"
-    about: dict[str, Any] = {}
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
         if metadata.get("format") == FORMAT:
             checkpoint = read(path)
-            tensors, about = checkpoint.weights, checkpoint.about
+            return checkpoint.weights, checkpoint.about  # its names are the network's own
     else:
         tensors = _read_pickle(path)
-    for prefix in ("module.", "_orig_mod."):
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors, about
+    while tensors and (prefix := next((p for p in _WRAPPERS if all(k.startswith(p) for k in tensors)), "")):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors, {}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -198,12 +209,15 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        what = "is damaged" if zipfile.is_zipfile(path) or os.path.getsize(path) == 0 else "cannot be read"
-        raise CheckpointError(f"{path} {what}, or holds more than tensors: {str(error).splitlines()[0]}") from error
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's first lines advise to load the file all the same
+        if named is not None:
+            raise CheckpointError(f"{path} holds more than tensors ({named[1]}); it must hold a state_dict") from error
+        raise CheckpointError(f"{path} is damaged, or is no file of torch.save") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    by_name = isinstance(content, dict) and all(isinstance(key, str) for key in content)
+    if not by_name or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, it must hold a state_dict of tensors")
     return dict(content)
 

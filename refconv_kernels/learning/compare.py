@@ -25,7 +25,7 @@ def compare(differences: Sequence[float]) -> Comparison:
     """Judge paired differences, one per seed, by Student's t: only an interval without zero is a finding."""
     mean, n = statistics.fmean(differences), len(differences)
     spread = statistics.stdev(differences) if n > 1 else 0.0
-    if spread == 0:
+    if spread <= 1e-9 * max(map(abs, differences)):  # equal but for the rounding of percentages
         seeds = "one seed" if n == 1 else f"{n} equal differences"
         return Comparison(mean, None, None, f"no difference could be measured: no interval from {seeds}")
     half = float(require("scipy.stats").t.ppf(0.975, n - 1)) * spread / n**0.5

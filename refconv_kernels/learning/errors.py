@@ -45,15 +45,15 @@ class CheckFailed(LearningError, RuntimeError):
     """Two computations that must agree do not."""
 
 
-def require(name: str, extra: str = "learn") -> Any:
-    """Import a module of one of this package's extras.
+def require(name: str, extra: str | None = "learn") -> Any:
+    """Import a module of one of this package's extras; with ``extra=None``, one of a package that is in none.
 
     Raises:
-        MissingExtra: it is not installed; the message names the ``pip`` command.
+        MissingExtra: it is not installed, or its import fails; the message names the ``pip`` command.
     """
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtra(
-            f'{name.partition(".")[0]} cannot be imported ({error}): pip install "refconv_kernels[{extra}]"'
-        ) from error
+    except Exception as error:  # torchvision beside another build of torch raises a RuntimeError
+        package = name.partition(".")[0]
+        command = package if extra is None else f'"refconv_kernels[{extra}]"'
+        raise MissingExtra(f"{package} cannot be imported ({error}): pip install {command}") from error

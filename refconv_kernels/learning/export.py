@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ def export(
     Raises:
         SettingsError: what the file does not say was not given.
         CheckpointError: a file cannot be read or written, or does not fit the model.
-        CheckFailed: the program does not compute what the network does.
+        CheckFailed: the program does not compute what the network does; it is not kept.
         MissingExtra: onnx or onnxscript is not installed.
     """
     if output.suffix not in (".onnx", ".pt2"):
@@ -76,8 +77,11 @@ def export(
 
 def _to_program(network: nn.Module, images: Tensor, output: Path) -> float:
     program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    write_file(output, lambda to: torch.export.save(program, to))
-    return _check(network, images, torch.export.load(output).module())
+    buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
+    torch.export.save(program, buffer)
+    difference = _check(network, images, torch.export.load(buffer).module())
+    write_file(output, lambda to: to.write_bytes(buffer.getbuffer()))
+    return difference
 
 
 def _to_onnx(network: nn.Module, images: Tensor, output: Path) -> float | None:
@@ -95,13 +99,17 @@ def _to_onnx(network: nn.Module, images: Tensor, output: Path) -> float | None:
             verbose=False,
         )
     assert program is not None
-    write_file(output, lambda to: program.save(str(to), external_data=False))
-    try:
-        runtime = require("onnxruntime")
-    except MissingExtra:
-        return None
-    session = runtime.InferenceSession(str(output), providers=["CPUExecutionProvider"])
-    return _check(network, images, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]))
+
+    def write(to: Path) -> float | None:
+        program.save(str(to), external_data=False)
+        try:
+            runtime = require("onnxruntime")
+        except MissingExtra:
+            return None
+        session = runtime.InferenceSession(str(to), providers=["CPUExecutionProvider"])
+        return _check(network, images, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]))
+
+    return write_file(output, write)
 
 
 @torch.no_grad()

@@ -60,8 +60,9 @@ def fold_weights(
     Raises:
         CheckpointError: a transformation is not one of this library's.
     """
-    layers = {key.removesuffix("convmap.weight"): "weight" for key in weights if key.endswith("convmap.weight")}
-    layers.update({key.removesuffix("basis_weight"): "basis_weight" for key in weights if key.endswith("basis_weight")})
+    layers: dict[str, str] = {}
+    for ours, theirs in (("weight", "convmap.weight"), ("basis_weight", "basis_weight")):
+        layers.update({k.removesuffix(theirs): ours for k in weights if f".{k}".endswith(f".{theirs}")})
     plain: dict[str, Tensor] = {}
     for key, tensor in weights.items():
         owner = next((prefix for prefix in layers if key.startswith(prefix)), None)
@@ -93,12 +94,11 @@ def _transformed(basis: Tensor, own: dict[str, Tensor], identity: bool, transfor
             "fold the network itself with refconv_kernels.reparameterize"
         )
     groups, map_size = maps[0].shape[1:3]
-    conv = nn.Conv2d(
-        basis.shape[1] * groups, basis.shape[0], (basis.shape[2], basis.shape[3]), groups=groups, device="meta"
-    )
+    size = (basis.shape[2], basis.shape[3])
+    conv = nn.Conv2d(basis.shape[1] * groups, basis.shape[0], size, groups=groups, device="meta", dtype=basis.dtype)
     module = variant(transform, conv, map_size=map_size, identity=identity).to_empty(device=basis.device)
     module.load_state_dict(own)
-    return module.to(basis.dtype)(basis)
+    return module(basis)
 
 
 @torch.no_grad()

@@ -169,7 +169,7 @@ def build(name: str, channels: int, classes: int) -> nn.Module:
         classes: number of classes.
 
     Raises:
-        SettingsError: there is no such network, or it cannot be built.
+        SettingsError: there is no such network, it cannot be built, or it cannot take ``channels``.
         MissingExtra: timm or torchvision is not installed.
 
     Example:
@@ -186,16 +186,18 @@ def build(name: str, channels: int, classes: int) -> nn.Module:
         )
     arguments: dict[str, Any] = {"num_classes": classes}
     if source == "timm":
-        function: Any = require("timm").create_model
+        function: Any = require("timm", extra=None).create_model
         arguments.update(model_name=inner, in_chans=channels)
     elif source == "torchvision":
-        function = require("torchvision.models").get_model
+        if channels != 3:
+            raise SettingsError(f"model (={name!r}) takes images of 3 channels, these have {channels}")
+        function = require("torchvision.models", extra=None).get_model
         arguments.update(name=inner)
     else:
         try:
             function = getattr(importlib.import_module(source), inner)
-        except (ImportError, AttributeError) as error:
-            raise SettingsError(f"model (={name!r}) cannot be imported: {error}") from error
+        except Exception as error:
+            raise SettingsError(f"model (={name!r}) cannot be imported: {type(error).__name__}: {error}") from error
     try:
         model = function(**arguments)
     except Exception as error:

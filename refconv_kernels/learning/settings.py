@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
+import math
+import re
 import sys
 import types
 import typing
@@ -58,7 +61,7 @@ class Comparison:
                 raise SettingsError(f"{name} (={getattr(self, name)}) must be at least 1")
         if not 0 < self.held_out < 1:
             raise SettingsError(f"held_out (={self.held_out}) must be between 0 and 1")
-        if not self.rates or not all(rate > 0 for rate in self.rates):
+        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
             raise SettingsError(f"rates (={list(self.rates)}) must be positive numbers")
 
 
@@ -128,7 +131,9 @@ class Settings:
             raise SettingsError(f"map_size (={self.map_size}) must be odd and positive")
         if (self.mean is None) != (self.std is None):
             raise SettingsError("mean and std go together: give both or neither")
-        if self.std is not None and not all(value > 0 for value in self.std):
+        if self.mean is not None and not all(map(math.isfinite, self.mean)):
+            raise SettingsError(f"mean (={list(self.mean)}) must be finite")
+        if self.std is not None and not all(0 < value < math.inf for value in self.std):
             raise SettingsError(f"std (={list(self.std)}) must be positive")
         if not self.checkpoint_minutes > 0:
             raise SettingsError(f"checkpoint_minutes (={self.checkpoint_minutes}) must be positive")
@@ -156,11 +161,21 @@ def to_toml(settings: Settings) -> str:
     for name, value in flat(settings).items():
         if value is not None:
             section, _, key = name.rpartition(".")
-            sections[section].append(f"{key} = {json.dumps(value)}")
+            sections[section].append(f"{key} = {_toml(value)}")
     return (
         "\n".join("\n".join([f"\n[{section}]", *lines] if section else lines) for section, lines in sections.items())
         + "\n"
     )
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it: JSON but for infinity, and for characters beyond 16 bits."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        quoted = json.dumps(value, ensure_ascii=False)
+        return "".join(c if " " <= c <= "~" else f"\\U{ord(c):08X}" for c in quoted)
+    return str(value) if value == math.inf else json.dumps(value)
 
 
 def from_toml(path: Path) -> Settings:
@@ -171,7 +186,7 @@ def from_toml(path: Path) -> Settings:
     """
     toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
-        content = toml.loads(path.read_text())
+        content = toml.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error
     except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -297,19 +312,17 @@ def _is_optional(kind: Any) -> bool:
 def _help(name: str, default: Any) -> str:
     """The first words of the setting's documentation, and its default."""
     section, _, key = name.rpartition(".")
-    lines = ((_SECTIONS[section] if section else Settings).__doc__ or "").splitlines()
+    lines = inspect.cleandoc((_SECTIONS[section] if section else Settings).__doc__ or "").splitlines()
     text, found = "", False
     for line in lines:
         head, colon, rest = line.strip().partition(": ")
-        if line.startswith(" " * 8) and not line.startswith(" " * 9) and colon:
+        if line.startswith(" " * 4) and not line.startswith(" " * 5) and colon:
             found = key in [word.strip() for word in head.split(",")]
             text = rest if found else text
-        elif found and line.startswith(" " * 12):
+        elif found and line.startswith(" " * 8):
             text += " " + line.strip()
         elif found:
             break
-    for word in (":func:", ":data:", ":class:", "``"):
-        text = text.replace(word, "")
-    text = text.replace("~refconv_kernels.learning.data.", "").replace("`", "").replace("%", "%%")
+    text = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"\1", text).replace("`", "").replace("%", "%%")
     shown = "" if default is None else f" ({' '.join(map(str, default)) if isinstance(default, list) else default})"
     return text + shown

@@ -32,7 +32,7 @@ class Stopped(Exception):
 
 
 class Watch:
-    """While it is entered, SIGINT and SIGTERM are noted in :attr:`asked`; a second one acts as it did before."""
+    """While it is entered, SIGINT and SIGTERM are noted in :attr:`asked`; a second one of a kind acts as before."""
 
     def __init__(self) -> None:
         self.asked: int | None = None
