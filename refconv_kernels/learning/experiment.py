@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from refconv_kernels.learning import checkpoint, log
+from refconv_kernels.learning import settings as options
 from refconv_kernels.learning.arms import ARMS
 from refconv_kernels.learning.compare import compare
 from refconv_kernels.learning.errors import LearningError
@@ -22,7 +23,7 @@ from refconv_kernels.learning.picture import draw_curves
 from refconv_kernels.learning.run import open_run
 from refconv_kernels.learning.settings import Settings
 from refconv_kernels.learning.signals import Stopped, Watch
-from refconv_kernels.learning.tasks import Task, prepare_torch, run_task
+from refconv_kernels.learning.tasks import RESULT, Task, check_arms, prepare_torch, run_task
 
 __all__ = ["report", "run_comparison"]
 
@@ -40,7 +41,8 @@ def run_comparison(settings: Settings, *, resume: bool = False, quiet: bool = Fa
 
     Args:
         settings: ``compare`` says which arms, how many seeds and how many trainings at a time; ``seed`` is the
-            first seed. With ``pretrained`` every seed starts from those weights.
+            first seed. With ``pretrained`` every seed starts from those weights. ``form="thin"`` holds for the arms
+            in which it is the same model.
         resume, quiet: as for :func:`~refconv_kernels.learning.run.learn`.
 
     Returns:
@@ -51,13 +53,12 @@ def run_comparison(settings: Settings, *, resume: bool = False, quiet: bool = Fa
     """
     output, wanted = Path(settings.output), settings.compare
     device = prepare_torch(settings)
+    arms = list(dict.fromkeys(arm for arm in wanted.arms if arm != "baseline"))
+    check_arms([_settings_of(arm, settings) for arm in arms])
     with Watch() as watch:
         open_run(settings, device, resume=resume)
         given = None if settings.pretrained is None else Path(settings.pretrained)
         seeds = {f"seed{n}": replace(settings, seed=n) for n in range(settings.seed, settings.seed + wanted.seeds)}
-        arms = list(dict.fromkeys(arm for arm in wanted.arms if arm != "baseline"))
-        for arm in arms:  # what cannot be is known before the first training
-            ARMS[arm].recipe(settings.recipe, 1.0)
         tuning, tuned = output / "tuning", None
         first = [Task(output / name / "baseline", own, "baseline", given) for name, own in seeds.items()]
         if "retrain-tuned" in arms:
@@ -75,7 +76,13 @@ def run_comparison(settings: Settings, *, resume: bool = False, quiet: bool = Fa
             _all(first, wanted.jobs, watch, quiet)
             rates = []
         second = [
-            Task(output / name / arm, own, arm, given or output / name / "baseline", tuned if _tuned(arm) else None)
+            Task(
+                output / name / arm,
+                _settings_of(arm, own),
+                arm,
+                given or output / name / "baseline",
+                tuned if ARMS[arm].lr == "tuned" else None,
+            )
             for name, own in seeds.items()
             for arm in arms
         ]
@@ -90,8 +97,10 @@ def run_comparison(settings: Settings, *, resume: bool = False, quiet: bool = Fa
     return summary
 
 
-def _tuned(arm: str) -> bool:
-    return ARMS[arm].lr == "tuned"
+def _settings_of(arm: str, settings: Settings) -> Settings:
+    """Where the thin form is asked for, the arms in which it would be another model take the full one."""
+    form = settings.form if ARMS[arm].can_be_thin else "full"
+    return replace(settings, arm=arm, form=form)
 
 
 def _all(tasks: Sequence[Task], jobs: int, watch: Watch, quiet: bool) -> list[dict[str, Any]]:
@@ -100,14 +109,12 @@ def _all(tasks: Sequence[Task], jobs: int, watch: Watch, quiet: bool) -> list[di
         return [_one(task, watch, quiet) for task in tasks]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_ignore_signals) as pool:
         running = [pool.submit(_one, task, None, True) for task in tasks]
-        told = False
         while wait(running, _POLL).not_done:
             failed = any(one.done() and not one.cancelled() and one.exception() for one in running)
-            if not told and (failed or watch.asked is not None):
-                told = True
+            if failed or watch.asked is not None:
                 for one in running:
                     one.cancel()
-                for child in multiprocessing.active_children():
+                for child in multiprocessing.active_children():  # again and again: one may just have taken a new task
                     os.kill(child.pid or 0, signal.SIGTERM)
     errors = [error for one in running if not one.cancelled() and (error := one.exception()) is not None]
     for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):  # what stopped the others comes first
@@ -128,13 +135,14 @@ def _ignore_signals() -> None:
 
 def _one(task: Task, watch: Watch | None, quiet: bool) -> dict[str, Any]:
     """Do one task; in a process of its own (``watch`` is None) it listens to signals itself."""
+    known = (task.directory / RESULT).exists()
     if watch is not None:
         result = run_task(task, watch=watch, quiet=quiet)
     else:
         with Watch() as own:
             prepare_torch(task.settings)
             result = run_task(task, watch=own, quiet=quiet)
-    if quiet or not sys.stderr.isatty():
+    if not known and (quiet or not sys.stderr.isatty()):
         name = f"{task.directory.parent.name}/{task.directory.name}"
         print(f"{name}: {result['accuracy']:.2f} %, {result['seconds']:.0f} s", file=sys.stderr, flush=True)
     return result
@@ -154,7 +162,7 @@ def _summary(
     return {
         "data": first["data"],
         "images": first["images"],
-        "settings": first["settings"],
+        "settings": options.flat(settings),
         "seeds": settings.compare.seeds,
         "tuning": {"rates": rates, "chosen": tuned},
         "arms": {

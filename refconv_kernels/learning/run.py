@@ -13,7 +13,7 @@ from refconv_kernels.learning.distributed import ALONE, Processes, joined
 from refconv_kernels.learning.errors import CheckpointError, SettingsError
 from refconv_kernels.learning.settings import Settings
 from refconv_kernels.learning.signals import Watch
-from refconv_kernels.learning.tasks import Task, prepare_torch, run_task
+from refconv_kernels.learning.tasks import Task, check_arms, prepare_torch, run_task
 
 __all__ = ["learn", "open_run"]
 
@@ -45,6 +45,7 @@ def learn(settings: Settings, *, resume: bool = False, quiet: bool = False) -> d
     """
     output = Path(settings.output)
     device = prepare_torch(settings)
+    check_arms([settings])
     with joined(settings.parallel, device) as processes, Watch() as watch:
         open_run(settings, device, resume=resume, processes=processes)
         given = None if settings.pretrained is None else Path(settings.pretrained)

@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from refconv_kernels.learning.picture import draw_curves
 from refconv_kernels.learning.settings import Settings
 from refconv_kernels.learning.signals import Stopped, Watch
 
-__all__ = ["Task", "prepare_torch", "run_task", "starting_network"]
+__all__ = ["RESULT", "Task", "check_arms", "prepare_torch", "run_task", "starting_network"]
 
 CHECKPOINT, RESULT, FOLDED = "checkpoint.safetensors", "result.json", "folded.safetensors"
 _ASKED_EVERY = 10  # steps between the questions of several processes whether to stop or to save
@@ -83,6 +83,18 @@ def _data(source: str, image_size: int | None) -> sources.Data:
         count, used = len(loaded.skipped), len(loaded.train) + len(loaded.test)
         print(f"left out {count} files that are no readable images; {used} are used", file=sys.stderr)
     return loaded
+
+
+def check_arms(wanted: Sequence[Settings]) -> None:
+    """Build what each of ``wanted`` would train, so that what cannot be is known before the first training.
+
+    Raises:
+        LearningError: the data, the network, or an arm of it cannot be.
+    """
+    for settings in wanted:
+        images = _data(settings.data, settings.image_size).train
+        model = models.build(settings.model, images.shape[0], len(images.classes))
+        ARMS[settings.arm].start(model, form=settings.form, init=settings.init, map_size=settings.map_size)
 
 
 def run_task(
