@@ -289,7 +289,7 @@ def test_what_a_killed_process_leaves_is_among_them(tmp_path: Path) -> None:
 @pytest.fixture
 def whole_file(tmp_path: Path) -> Path:
     path = tmp_path / "a.safetensors"
-    write(path, Checkpoint({"model.a": torch.randn(50)}, ABOUT))
+    write(path, Checkpoint({"model.a": torch.randn(100)}, ABOUT))
     return path
 
 
