@@ -113,15 +113,10 @@ def check_fold(refocused: nn.Module, folded: nn.Module, images: Tensor) -> float
         The largest absolute difference of their logits.
 
     Raises:
-        CheckFailed: the logits differ by more than rounding, or a prediction that was not a tie differs.
+        CheckFailed: the logits differ by more than rounding; so a prediction can differ only where it was a tie.
     """
     before, after = refocused.eval()(images), folded.eval()(images)
     difference, limit = (before - after).abs().max().item(), 1e-4 * max(1.0, before.abs().max().item())
     if not difference <= limit:
         raise CheckFailed(f"folding changed the logits by {difference:.3g}; rounding explains at most {limit:.3g}")
-    best = before.topk(min(2, before.shape[1]), 1).values
-    clear = best[:, 0] - best[:, -1] > 2 * limit
-    changed = int((clear & (before.argmax(1) != after.argmax(1))).sum())
-    if changed:
-        raise CheckFailed(f"folding changed the predictions of {changed} of {len(images)} images")
     return difference
