@@ -51,7 +51,7 @@ def test_one_seed_gives_no_interval(difference: float) -> None:
     [
         [0.0, 0.0],
         [0.5, 0.5, 0.5],
-        [97.1 - 96.8, 95.3 - 95.0, 90.3 - 90.0],  # three images of a thousand, but for rounding
+        [97.1 - 96.8, 10.3 - 10.0, 1.3 - 1.0],  # three images of a thousand, but for rounding
         [-100 * 5 / 1197] * 2,
     ],
 )
