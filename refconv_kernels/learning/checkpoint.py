@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,22 @@ from torch import Tensor
 
 from refconv_kernels.learning.errors import CheckpointError, require
 
-__all__ = ["FORMAT", "Checkpoint", "read", "read_weights", "remove_leftovers", "write", "write_file", "write_weights"]
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs apart there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "FORMAT",
+    "Checkpoint",
+    "locked",
+    "read",
+    "read_weights",
+    "remove_leftovers",
+    "write",
+    "write_file",
+    "write_weights",
+]
 
 T = TypeVar("T")
 
@@ -78,6 +93,26 @@ def write_file(path: Path, fill: Callable[[Path], T]) -> T:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """This process alone uses ``directory``; the lock goes with the process, however it ends.
+
+    Raises:
+        CheckpointError: another process uses it, or it cannot be written.
+    """
+    with contextlib.ExitStack() as opened:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context((directory / ".lock").open("w"))
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"another process is at work in {directory}") from error
+        except OSError as error:
+            raise CheckpointError(f"cannot use {directory} as a folder: {error.strerror or error}") from error
+        yield
 
 
 def remove_leftovers(directory: Path) -> None:

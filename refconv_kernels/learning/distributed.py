@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from refconv_kernels.learning.errors import SettingsError
 
-__all__ = ["ALONE", "Processes", "SyncBatchNorm2d", "assign", "joined", "whole"]
+__all__ = ["ALONE", "Processes", "SyncBatchNorm2d", "assign", "joined", "own_part", "whole"]
 
 PARALLEL = ("ddp", "fsdp")
 
@@ -52,7 +52,8 @@ class Processes:
             known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
             name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 kernels
-            return nn.parallel.DistributedDataParallel(model, **{name: False})
+            options: dict[str, Any] = {name: False}
+            return nn.parallel.DistributedDataParallel(model, **options)
         from torch.distributed.fsdp import fully_shard
 
         mesh = dist.init_device_mesh(device.type, (self.size,))
@@ -116,6 +117,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, not a copy."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def assign(tensor: Tensor, value: Tensor) -> None:
     """Write all of ``value`` into ``tensor``, of which every process may hold a part."""
     with torch.no_grad():
@@ -137,7 +143,7 @@ class _Sum(torch.autograd.Function):
         return numbers
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _Sum.apply(gradient)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,11 +21,12 @@ from refconv_kernels.learning.errors import LearningError
 from refconv_kernels.learning.picture import draw_curves
 from refconv_kernels.learning.run import open_run
 from refconv_kernels.learning.settings import Settings
-from refconv_kernels.learning.signals import Watch
+from refconv_kernels.learning.signals import Stopped, Watch
 from refconv_kernels.learning.tasks import Task, prepare_torch, run_task
 
 __all__ = ["report", "run_comparison"]
 
+_POLL = 0.2  # seconds between looks at the trainings that run
 #: What refocused arms are measured against, in the order of the table.
 CONTROLS = ("baseline", "retrain", "finetune", "retrain-tuned")
 
@@ -95,15 +98,32 @@ def _all(tasks: Sequence[Task], jobs: int, watch: Watch, quiet: bool) -> list[di
     """The results of ``tasks`` in their order, ``jobs`` at a time."""
     if jobs == 1 or len(tasks) < 2:
         return [_one(task, watch, quiet) for task in tasks]
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_ignore_signals) as pool:
         running = [pool.submit(_one, task, None, True) for task in tasks]
-        try:
-            return [one.result() for one in running]
-        except BrokenProcessPool as error:
+        told = False
+        while wait(running, _POLL).not_done:
+            failed = any(one.done() and not one.cancelled() and one.exception() for one in running)
+            if not told and (failed or watch.asked is not None):
+                told = True
+                for one in running:
+                    one.cancel()
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid or 0, signal.SIGTERM)
+    errors = [error for one in running if not one.cancelled() and (error := one.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):  # what stopped the others comes first
+        if isinstance(error, Stopped):
+            output = tasks[0].settings.output
+            raise Stopped(f"stopped; all is saved, go on with --resume {output}", watch.asked or signal.SIGTERM)
+        if isinstance(error, BrokenProcessPool):
             raise LearningError("a training's process was killed (too little memory?); go on with --resume") from error
-        finally:
-            for one in running:
-                one.cancel()
+        raise error
+    return [one.result() for one in running]
+
+
+def _ignore_signals() -> None:
+    """In a process between its tasks; in a task a :class:`Watch` listens, to Ctrl-C too, which all processes hear."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _one(task: Task, watch: Watch | None, quiet: bool) -> dict[str, Any]:

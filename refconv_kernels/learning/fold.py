@@ -113,7 +113,7 @@ def check_fold(refocused: nn.Module, folded: nn.Module, images: Tensor) -> float
         The largest absolute difference of their logits.
 
     Raises:
-        CheckFailed: the logits differ by more than rounding; so a prediction can differ only where it was a tie.
+        CheckFailed: the logits differ by more than rounding.
     """
     before, after = refocused.eval()(images), folded.eval()(images)
     difference, limit = (before - after).abs().max().item(), 1e-4 * max(1.0, before.abs().max().item())

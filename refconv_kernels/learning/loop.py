@@ -15,7 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from refconv_kernels.learning.batches import Batches, Presented
 from refconv_kernels.learning.checkpoint import Checkpoint
 from refconv_kernels.learning.data import ImageSet
-from refconv_kernels.learning.distributed import ALONE, Processes, assign, whole
+from refconv_kernels.learning.distributed import ALONE, Processes, assign, own_part, whole
 from refconv_kernels.learning.errors import CheckpointError, Diverged
 from refconv_kernels.learning.recipe import Recipe
 
@@ -194,12 +194,15 @@ class Training:
         if not self._average:
             self._average = {name: t.clone() for name, t in now.items()}
             return
-        get_ema_multi_avg_fn(decay)(list(self._average.values()), list(now.values()), 0)
+        averages, values = ([own_part(t) for t in tensors.values()] for tensors in (self._average, now))
+        get_ema_multi_avg_fn(decay)(averages, values, 0)
 
     # --- state ------------------------------------------------------------------------------------------------
 
     def checkpoint(self) -> Checkpoint:
         """All that is needed to go on, whole; with several processes, every one has to ask.
+
+        The tensors are those in use, as in a ``state_dict``: write or copy them before the next step.
 
         Raises:
             Diverged: the loss is no longer finite, so these weights are not worth keeping.

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,14 @@ def run_task(
     done = task.directory / RESULT
     if done.exists():
         return _known_result(task, done)
-    watch = Watch() if watch is None else watch
+    with checkpoint.locked(task.directory) if processes.rank == 0 else nullcontext():
+        result = _train(task, processes, Watch() if watch is None else watch, quiet)
+    processes.wait()
+    return result or _known_result(task, done)
+
+
+def _train(task: Task, processes: Processes, watch: Watch, quiet: bool) -> dict[str, Any]:
+    """Do a training, or go on with it; the result, empty in all processes but the first."""
     settings, arm = task.settings, ARMS[task.arm]
     loaded = _data(settings.data, settings.image_size)
     images, test = loaded.train, loaded.test
@@ -157,9 +165,7 @@ def run_task(
                 keep.save()
                 start = time.perf_counter()
             keep.attend(watch)
-    result = _finish(task, training, about, test) if processes.rank == 0 else {}
-    processes.wait()
-    return result or _known_result(task, done)
+    return _finish(task, training, about, test) if processes.rank == 0 else {}
 
 
 def _known_result(task: Task, file: Path) -> dict[str, Any]:
@@ -199,10 +205,6 @@ class _Keeper:
     def save(self) -> None:
         made = self.training.checkpoint()  # every process has its part
         if self.processes.rank == 0:
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CheckpointError(f"cannot make {self.directory}: {error.strerror or error}") from error
             whole = Checkpoint(made.tensors, {**self.about, **made.about})
             checkpoint.write(self.directory / CHECKPOINT, whole)
             if self.training.history:

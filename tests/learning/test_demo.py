@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from refconv_kernels import refocus, reparameterize
 from refconv_kernels.__main__ import main
-from refconv_kernels.learning import demo, loop
+from refconv_kernels.learning import demo, timing
 from refconv_kernels.learning.data import digits
 from refconv_kernels.learning.demo import ARMS, check_fold, compare
 from refconv_kernels.learning.errors import CheckFailed
-from refconv_kernels.learning.loop import accuracy, logits, step_times
+from refconv_kernels.learning.loop import accuracy, logits
 from refconv_kernels.learning.models import SmallSeparableNet
+from refconv_kernels.learning.timing import step_times
 
 
 @dataclass
@@ -40,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     text, progress = io.StringIO(), io.StringIO()
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(text), redirect_stderr(progress):
-        patch.setattr(loop, "step_times", lambda steps: step_times(steps, rounds=3))
+        patch.setattr(timing, "step_times", lambda steps: step_times(steps, rounds=3))
         code = main(["demo", "--output", str(output), "--seeds", "2", "--epochs", "1"])
     assert code == 0
     assert torch.get_num_threads() == threads
@@ -126,7 +127,7 @@ def test_no_spread_no_verdict(differences: list[float]) -> None:
     assert comparison.verdict.startswith("no difference could be measured: no interval from")
 
 
-def test_fold_check_finds_changed_logits_and_predictions() -> None:
+def test_fold_check_finds_changed_logits() -> None:
     class Constant(nn.Module):
         def __init__(self, values: list[float]) -> None:
             super().__init__()
@@ -140,8 +141,6 @@ def test_fold_check_finds_changed_logits_and_predictions() -> None:
     for values in ([1, 2.1], [1, float("nan")]):
         with pytest.raises(CheckFailed, match="folding changed the logits by"):
             check_fold(Constant([1, 2]), Constant(values), images)
-    with pytest.raises(CheckFailed, match="folding changed the predictions of 7 of 7 images"):
-        check_fold(Constant([2, 2.00001]), Constant([2.00001, 2]), images)
 
 
 def test_a_failed_check_is_an_error(
