@@ -209,7 +209,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's first lines advise to load the file all the same
+        # torch's first lines advise to load the file all the same
+        named = re.search(r"GLOBAL (\w+(?:\.\w+)+)", str(error))
         if named is not None:
             raise CheckpointError(f"{path} holds more than tensors ({named[1]}); it must hold a state_dict") from error
         raise CheckpointError(f"{path} is damaged, or is no file of torch.save") from error

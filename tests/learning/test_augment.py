@@ -1,68 +1,112 @@
-"""Crops and flips: what they do, and that only the generator decides."""
+"""Crops and mirror images: what is drawn, that only the generator decides, and what is done with it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Generator
+from torch import Generator, Tensor
+from torch.nn import functional as F
 
-from refconv_kernels.learning.augment import random_crop, random_flip
+from refconv_kernels.learning.augment import apply_views, draw_views
+
+DTYPES = [torch.uint8, torch.float32, torch.float64]
 
 
-@pytest.mark.parametrize("shape", [(5, 1, 8, 8), (3, 2, 4, 6), (0, 1, 8, 8)])
+def generator(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+def naive(images: Tensor, views: Tensor, padding: int) -> Tensor:
+    """One image after the other."""
+    height, width = images.shape[2:]
+    made = torch.empty_like(images)
+    for n, (row, column, mirrored) in enumerate(views.tolist()):
+        cropped = F.pad(images[n], [padding] * 4)[:, row : row + height, column : column + width]
+        made[n] = cropped.flip(2) if mirrored else cropped
+    return made
+
+
+# --- drawing ------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("padding", [0, 1, 3])
-def test_random_crop_shifts_each_image_by_at_most_the_padding(shape: tuple[int, ...], padding: int) -> None:
-    images = torch.rand(shape)
-    cropped = random_crop(images, padding, Generator().manual_seed(1))
-    assert cropped.shape == images.shape
-    padded = torch.nn.functional.pad(images, [padding] * 4)
-    height, width = shape[2:]
-    places = range(2 * padding + 1)
-    for image, around in zip(cropped, padded, strict=True):
-        assert any(torch.equal(image, around[:, r : r + height, c : c + width]) for r in places for c in places)
+@pytest.mark.parametrize("mirror", [False, True])
+def test_views_take_every_value_about_equally_often(padding: int, mirror: bool) -> None:
+    views = draw_views(4000, padding, mirror, generator())
+    assert views.shape == (4000, 3)
+    assert views.dtype == torch.int64
+    places = (2 * padding + 1) ** 2
+    crops, counts = views[:, :2].unique(dim=0, return_counts=True)
+    assert len(crops) == places
+    assert (crops.min(), crops.max()) == (0, 2 * padding)
+    assert (counts.double() / 4000 - 1 / places).abs().max() < 0.04
+    assert set(views[:, 2].tolist()) == ({0, 1} if mirror else {0})
+    assert abs(views[:, 2].double().mean().item() - mirror / 2) < 0.03
 
 
-def test_random_crop_follows_its_generator_and_reaches_every_place() -> None:
-    images = torch.arange(9.0).reshape(1, 1, 3, 3).expand(500, 1, 3, 3) + 1
-    first, again = (random_crop(images, 1, Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(first, again)
-    assert len(first.flatten(1).unique(dim=0)) == 9
+def test_the_three_are_drawn_apart() -> None:
+    views = draw_views(4000, 2, True, generator()).double()
+    assert (torch.corrcoef(views.t()) - torch.eye(3)).abs().max() < 0.05
 
 
-def test_random_crop_pads_with_zeros() -> None:
-    cropped = random_crop(torch.ones(200, 2, 4, 4), 4, Generator().manual_seed(0))
-    assert cropped.flatten(1).sum(1).min() < 32
-    assert set(cropped.unique().tolist()) == {0.0, 1.0}
+def test_only_the_generator_decides() -> None:
+    first = draw_views(20, 2, True, generator(3))
+    torch.rand(7)
+    assert torch.equal(first, draw_views(20, 2, True, generator(3)))
+    assert not torch.equal(first, draw_views(20, 2, True, generator(4)))
+    going_on = generator(3)
+    assert torch.equal(first, draw_views(20, 2, True, going_on))
+    assert not torch.equal(first, draw_views(20, 2, True, going_on))
+    before = torch.get_rng_state()
+    draw_views(20, 2, True, generator())
+    assert torch.equal(before, torch.get_rng_state())
 
 
-def test_random_flip_mirrors_about_half_and_nothing_else() -> None:
-    images = torch.rand(1000, 3, 4, 5)
-    flipped = random_flip(images, Generator().manual_seed(0))
-    same = (flipped == images).flatten(1).all(1)
-    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
-    assert torch.equal(same, ~mirrored)
-    assert 440 < mirrored.sum() < 560
+def test_crops_are_the_same_with_and_without_mirror_images() -> None:
+    with_it, without = generator(), generator()
+    assert torch.equal(draw_views(20, 2, True, with_it)[:, :2], draw_views(20, 2, False, without)[:, :2])
+    assert torch.equal(with_it.get_state(), without.get_state())
 
 
-def test_random_flip_chooses_each_image_anew_and_leaves_its_input() -> None:
-    images = torch.arange(5.0).expand(64, 1, 2, 5).clone()
-    generator = Generator().manual_seed(0)
-    first, second = random_flip(images, generator), random_flip(images, generator)
-    assert not torch.equal(first, second)
-    assert torch.equal(images, torch.arange(5.0).expand(64, 1, 2, 5))
-    assert torch.equal(first, random_flip(images, Generator().manual_seed(0)))
+# --- applying -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_what_is_drawn_does_not_depend_on_the_images(dtype: torch.dtype) -> None:
-    states = []
-    for images in (torch.zeros(7, 1, 8, 8, dtype=dtype), torch.ones(7, 3, 32, 20, dtype=dtype)):
-        generator = Generator().manual_seed(0)
-        assert random_crop(images, 2, generator).dtype == random_flip(images, generator).dtype == dtype
-        states.append(generator.get_state())
-    assert torch.equal(*states)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40, 1, 8, 8), (30, 3, 4, 6), (30, 2, 5, 1), (0, 3, 4, 4)])
+@pytest.mark.parametrize("padding", [0, 1, 3])
+def test_a_batch_is_one_image_after_the_other(shape: tuple[int, ...], padding: int, dtype: torch.dtype) -> None:
+    images = torch.randint(1, 256, shape).to(dtype)
+    before = images.clone()
+    views = draw_views(shape[0], padding, True, generator())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        got = apply_views(images.to(memory_format=layout), views, padding)
+        assert got.dtype == dtype
+        assert torch.equal(got, naive(images, views, padding))
+        assert got.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, before)
+
+
+def test_where_the_numbers_put_an_image() -> None:
+    image = torch.tensor([[1, 2], [3, 4]]).reshape(1, 1, 2, 2)
+    for view, expected in (
+        ((1, 1, 0), [[1, 2], [3, 4]]),  # row and column of the padding: as it was
+        ((1, 1, 1), [[2, 1], [4, 3]]),
+        ((0, 1, 0), [[0, 0], [1, 2]]),
+        ((2, 0, 0), [[0, 3], [0, 0]]),
+        ((2, 0, 1), [[3, 0], [0, 0]]),  # cropped, then mirrored
+    ):
+        assert apply_views(image, torch.tensor([view]), 1)[0, 0].tolist() == expected
+
+
+def test_parts_of_a_draw_give_parts_of_the_batch() -> None:
+    """As several processes share a batch out."""
+    images, views = torch.rand(10, 3, 6, 6), draw_views(10, 2, True, generator())
+    whole = apply_views(images, views, 2)
+    parts = [apply_views(i, v, 2) for i, v in zip(images.tensor_split(3), views.tensor_split(3), strict=True)]
+    assert torch.equal(torch.cat(parts), whole)
 
 
 def test_no_images() -> None:
-    none = torch.zeros(0, 3, 4, 4)
-    assert random_flip(none, Generator()).shape == random_crop(none, 1, Generator()).shape == none.shape
+    views = draw_views(0, 1, True, generator())
+    assert views.shape == (0, 3)
+    assert apply_views(torch.zeros(0, 3, 4, 4), views, 1).shape == (0, 3, 4, 4)

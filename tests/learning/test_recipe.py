@@ -17,6 +17,12 @@ def test_defaults_are_the_papers() -> None:
     assert (recipe.lr, recipe.momentum, recipe.weight_decay) == (0.1, 0.9, 4e-5)
 
 
+def test_what_the_paper_does_not_do_is_off() -> None:
+    recipe = Recipe()
+    assert (recipe.nesterov, recipe.label_smoothing, recipe.accumulation) == (False, 0.0, 1)
+    assert recipe.clip_norm is recipe.ema is recipe.crop_padding is recipe.flip is None
+
+
 def test_learning_rate_follows_the_formula() -> None:
     recipe = Recipe(epochs=10, warmup_epochs=2, lr=0.4)
     rates = [recipe.learning_rate(step, 5) for step in range(50)]
@@ -46,6 +52,21 @@ def test_optimizer_leaves_the_frozen_basis_out() -> None:
     assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.3, 0.9, 4e-5, False)
 
 
+def test_the_optimizer_has_the_recipes_numbers() -> None:
+    recipe = Recipe(lr=0.5, momentum=0.7, weight_decay=0.01, nesterov=True)
+    (group,) = recipe.optimizer(nn.Linear(2, 2)).param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.5, 0.7, 0.01, True)
+    (group,) = Recipe(momentum=0.0, weight_decay=0.0).optimizer(nn.Linear(2, 2)).param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0, 0)
+
+
+def test_the_ends_of_the_ranges_are_allowed() -> None:
+    Recipe(
+        epochs=1, warmup_epochs=0, batch_size=1, accumulation=1, momentum=0.0, ema=0.0, crop_padding=0, clip_norm=1e-9
+    )
+    Recipe(batch_size=4, accumulation=4, label_smoothing=0.999, ema=0.9999, flip=False)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -56,6 +77,20 @@ def test_optimizer_leaves_the_frozen_basis_out() -> None:
         ({"epochs": 5}, r"warmup_epochs \(=5\) must be less than epochs \(=5\)"),
         ({"lr": 0.0}, r"lr \(=0.0\) must be positive"),
         ({"lr": math.nan}, r"lr \(=nan\) must be positive"),
+        ({"lr": math.inf}, r"lr \(=inf\) must be positive"),
+        ({"clip_norm": 0.0}, r"clip_norm \(=0.0\) must be positive"),
+        ({"clip_norm": math.nan}, r"clip_norm \(=nan\) must be positive"),
+        ({"accumulation": 0}, r"accumulation \(=0\) must be at least 1"),
+        ({"batch_size": 4, "accumulation": 5}, r"accumulation \(=5\) must be at most batch_size \(=4\)"),
+        ({"momentum": 1.0}, r"momentum \(=1.0\) must be at least 0 and less than 1"),
+        ({"momentum": -0.1}, r"momentum \(=-0.1\) must be at least 0 and less than 1"),
+        ({"label_smoothing": 1.0}, r"label_smoothing \(=1.0\) must be at least 0 and less than 1"),
+        ({"label_smoothing": math.nan}, r"label_smoothing \(=nan\) must be at least 0 and less than 1"),
+        ({"ema": 1.0}, r"ema \(=1.0\) must be at least 0 and less than 1"),
+        ({"ema": -0.5}, r"ema \(=-0.5\) must be at least 0 and less than 1"),
+        ({"weight_decay": -1e-9}, r"weight_decay \(=-1e-09\) must be at least 0"),
+        ({"weight_decay": math.inf}, r"weight_decay \(=inf\) must be at least 0"),
+        ({"nesterov": True, "momentum": 0.0}, r"nesterov \(=True\) needs momentum, which is 0"),
     ],
 )
 def test_numbers_out_of_range_raise(options: dict[str, float], message: str) -> None:
