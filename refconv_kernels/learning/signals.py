@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
-__all__ = ["Stopped", "Watch"]
+__all__ = ["PATIENCE", "Stopped", "Watch"]
+
+PATIENCE = 2.0  # seconds
 
 
 class Stopped(Exception):
@@ -32,10 +35,15 @@ class Stopped(Exception):
 
 
 class Watch:
-    """While it is entered, SIGINT and SIGTERM are noted in :attr:`asked`; a second one of a kind acts as before."""
+    """While it is entered, SIGINT and SIGTERM are noted in :attr:`asked`.
+
+    One that comes :data:`PATIENCE` seconds after the first acts as it did before, in case saving never ends. Sooner it
+    is the same wish again: a terminal and ``torchrun`` both pass a Ctrl-C on.
+    """
 
     def __init__(self) -> None:
         self.asked: int | None = None
+        self._first = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Watch:
@@ -50,5 +58,8 @@ class Watch:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = number
-        signal.signal(number, self._before[number])
+        if self.asked is None:
+            self.asked, self._first = number, time.monotonic()
+        elif time.monotonic() - self._first >= PATIENCE:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)

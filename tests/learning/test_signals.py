@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from refconv_kernels.learning import signals
 from refconv_kernels.learning.signals import Stopped, Watch
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
@@ -39,12 +40,15 @@ def test_nothing_happens_by_itself(handled: list[int]) -> None:
 
 
 @pytest.mark.parametrize("number", BOTH)
-def test_the_first_is_noted_the_second_acts_as_before(number: signal.Signals, handled: list[int]) -> None:
+def test_the_first_is_noted_a_late_second_acts_as_before(
+    number: signal.Signals, handled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = handlers()
     with Watch() as watch:
         os.kill(os.getpid(), number)
         assert watch.asked == number
         assert handled == []
+        monkeypatch.setattr(signals, "PATIENCE", 0.0)
         os.kill(os.getpid(), number)
         assert handled == [number]
         assert watch.asked == number
@@ -53,19 +57,20 @@ def test_the_first_is_noted_the_second_acts_as_before(number: signal.Signals, ha
     assert handled == [number, number]
 
 
-def test_one_of_another_kind_is_noted_too(handled: list[int]) -> None:
+def test_a_second_at_once_is_the_same_wish(handled: list[int]) -> None:
     with Watch() as watch:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        assert watch.asked == signal.SIGTERM
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert watch.asked == signal.SIGINT
         assert handled == []
 
 
-def test_a_second_ctrl_c_interrupts() -> None:
+def test_a_late_second_ctrl_c_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with Watch() as watch:
         signal.raise_signal(signal.SIGINT)
         assert watch.asked == signal.SIGINT
+        monkeypatch.setattr(signals, "PATIENCE", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
