@@ -97,8 +97,10 @@ def _learn(arguments: argparse.Namespace) -> int:
 
 def _told(settings: Settings, result: dict[str, Any]) -> str:
     folder = Path(settings.output)
+    given = settings.arm == "baseline" and settings.pretrained is not None
+    text = "the network as it was given" if given else ARMS[settings.arm].text
     lines = [
-        f"{settings.arm}: {ARMS[settings.arm].text}; {result['images']} training images of {result['data']}",
+        f"{settings.arm}: {text}; {result['images']} training images of {result['data']}",
         f"test accuracy after the last epoch: {result['accuracy']:.2f} %"
         + (f" (baseline: {result['baseline_accuracy']:.2f} %)" if result["baseline_accuracy"] is not None else ""),
         f"parameters: {result['training_parameters']:,} trained, {result['deployed_parameters']:,} deployed",

@@ -39,7 +39,7 @@ class Comparison:
     """What ``learn compare`` adds to :class:`Settings`.
 
     Args:
-        arms: names of :data:`~refconv_kernels.learning.arms.ARMS`; the baseline is always trained.
+        arms: what to compare (below); the baseline is always trained.
         seeds: repetitions, each from other random weights and with the images in another order.
         rates: learning rates to choose from for ``retrain-tuned``.
         held_out: share of the training images on which that choice is made.
@@ -71,22 +71,24 @@ class Settings:
 
     Args:
         output: folder of the run.
-        data: ``"digits"``, or a path that :func:`~refconv_kernels.learning.data.load` understands.
-        image_size: of a folder's images, in pixels; None as :func:`~refconv_kernels.learning.data.load` says.
-        model: as :func:`~refconv_kernels.learning.models.build` takes it.
+        data: ``digits``, or a path: a folder of class folders, a folder of CIFAR-10 or CIFAR-100, or an ``.npz``
+            file, as :func:`~refconv_kernels.learning.data.load` says.
+        image_size: height and width of a folder's images, in pixels; None is 224, or their own size if all are small.
+        model: ``small``, ``separable``, ``mobilenetv1``, ``mobilenetv2`` or ``resnet20``; ``timm:NAME``,
+            ``torchvision:NAME``, or ``MODULE:FUNCTION``, which is called with ``num_classes``.
         pretrained: file of weights, or folder of a training, to start from; None trains a baseline first.
-        arm: name of the second training, one of :data:`~refconv_kernels.learning.arms.ARMS`.
-        form: ``"full"`` or ``"thin"``, of the RefConv layers.
+        arm: the second training, one of :data:`~refconv_kernels.learning.arms.ARMS` (below).
+        form: of the RefConv layers: ``thin`` trains the same with far fewer parameters.
         init: of the refocusing weights, where the arm does not say.
         map_size: ``k`` of the refocusing weights.
         seed: of the weights, the order of the images, and their augmentation.
-        mean, std: per channel, from which images are taken; None measures them on the training images.
-        precision: ``"float32"``, or autocast to ``"bfloat16"`` or ``"float16"``.
+        mean, std: per channel; the network sees ``(image - mean) / std``. None measures them on the training images.
+        precision: of the network's arithmetic: ``float32``, or autocast to one of the others.
         channels_last: memory layout of network and images.
         compile: ``torch.compile`` the network.
         device: as torch names it; None is the GPU if there is one.
         threads: of each process on the CPU; None leaves torch's own number.
-        parallel: ``"ddp"`` or ``"fsdp"``, under ``torchrun``.
+        parallel: how the processes of ``torchrun`` share the network.
         checkpoint_minutes: between checkpoints within an epoch; there is one after every epoch too.
         evaluate_every: epochs between evaluations on the test images; the last epoch is always evaluated.
         recipe: how it is trained.
@@ -260,7 +262,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """One option for each setting, and ``--config``; what is not given stays out of the namespace."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings from a TOML file; options go before it")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings from a TOML file; options win over it")
     groups = {"": parser.add_argument_group("what to train"), "recipe": parser.add_argument_group("recipe")}
     groups["compare"] = parser.add_argument_group("learn compare")
     defaults = flat(Settings())

@@ -344,8 +344,8 @@ def test_every_option_has_help_of_its_own() -> None:
 def test_help_is_the_documentation() -> None:
     texts = helps()
     assert texts["output"] == "folder of the run. (run)"
-    assert texts["image_size"] == "of a folder's images, in pixels; None as load says."
-    assert texts["arm"] == "name of the second training, one of ARMS. (refconv)"
+    assert texts["image_size"].startswith("height and width of a folder's images, in pixels; None is 224")
+    assert texts["arm"] == "the second training, one of ARMS (below). (refconv)"
     assert texts["evaluate_every"].endswith("the last epoch is always evaluated. (1)")
     assert texts["recipe.accumulation"].endswith("of the whole batch; BatchNorm sees the parts. (1)")  # two lines
     assert texts["recipe.ema"].endswith("evaluated and folded; None keeps none.")

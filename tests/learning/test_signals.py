@@ -83,7 +83,8 @@ def test_handlers_come_back_after_an_error(handled: list[int]) -> None:
     assert handlers() == before
 
 
-def test_one_inside_another(handled: list[int]) -> None:
+def test_one_inside_another(handled: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "PATIENCE", 0.0)
     with Watch() as outer:
         with Watch() as inner:
             signal.raise_signal(signal.SIGINT)
