@@ -81,8 +81,8 @@ class Batches:
             raise SettingsError(f"mean and std must be {data.shape[0]} numbers each, one per channel of the images")
         self._order: tuple[int, Tensor] | None = None
         self._ahead: tuple[tuple[int, int], Future] | None = None
-        slow = presented.device.type != "cpu" or not hasattr(data, "images")  # to be decoded; or the CPU has time
-        self._loader = ThreadPoolExecutor(1) if slow else None
+        ahead = presented.device.type != "cpu" or not data.in_memory  # a CPU that trains has no time left
+        self._loader = ThreadPoolExecutor(1) if ahead else None
 
     def get(self, epoch: int, step: int) -> tuple[Tensor, Tensor, int]:
         """Images ``[B, C, H, W]`` and labels ``[B]`` of this process, and the number of images in all of them."""

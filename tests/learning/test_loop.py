@@ -274,6 +274,7 @@ def test_crop_and_flip_are_of_the_data_where_the_recipe_is_silent() -> None:
 def test_images_that_are_decoded_come_in_the_same_batches(few: MemoryImages) -> None:
     class Decoded(ImageSet):
         labels, classes, shape, mirrored = few.labels, few.classes, few.shape, few.mirrored
+        in_memory = False
 
         def take(self, rows: Tensor) -> Tensor:
             return few.take(rows)

@@ -46,13 +46,9 @@ class FolderImages(ImageSet):
         self.shape = (3, *size)
         self.mirrored = True
         self._pixels = pixels
+        self.in_memory = pixels is not None
         self._rows = torch.arange(len(self.files))  # of this set's images in _pixels, which subsets share
         self._threads = threads
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether the images are kept decoded."""
-        return self._pixels is not None
 
     def take(self, rows: Tensor) -> Tensor:
         """The images ``rows`` as ``[B, 3, H, W]``, float32 from 0 to 1.

@@ -20,12 +20,14 @@ class ImageSet(ABC):
         classes: names of the classes.
         shape: ``(C, H, W)`` of every image.
         mirrored: whether a mirrored image is still of its class: photographs are, digits are not.
+        in_memory: whether taking an image costs little; otherwise it is worth taking the next ones ahead.
     """
 
     labels: Tensor
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
     mirrored: bool
+    in_memory: bool = True
 
     def __len__(self) -> int:
         """The number of images, ``N``."""
