@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ __all__ = ["learn", "open_run"]
 def learn(settings: Settings, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Pretrain or load, refocus, train, fold, evaluate and save: ``python -m refconv_kernels learn``.
 
-    The folder ``settings.output`` then holds ``settings.toml`` and ``environment.json``; a folder per training with
-    ``checkpoint.safetensors``, ``log.csv``, ``log.jsonl``, ``curves.png``, ``result.json`` and ``folded.safetensors``,
-    the ``state_dict`` of the plain network.
+    The folder ``settings.output`` then holds ``settings.toml`` and ``environment.json`` (an entry per start), and a
+    folder per training with ``checkpoint.safetensors``, ``log.csv``, ``log.jsonl``, ``curves.png``, ``result.json``
+    and ``folded.safetensors``, the ``state_dict`` of the plain network.
 
     Args:
         settings: what to train, on what, and how.
@@ -80,7 +81,11 @@ def open_run(settings: Settings, device: torch.device, *, resume: bool, processe
         if processes.rank == 0:
             output.mkdir(parents=True, exist_ok=True)
             checkpoint.write_file(known, lambda path: path.write_text(options.to_toml(settings)))
-            log.write_json(output / "environment.json", log.environment(device))
+            starts = output / "environment.json"
+            before = json.loads(starts.read_text()) if starts.exists() else []
+            log.write_json(starts, [*before, log.environment(device)])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{starts} is damaged ({error}): delete it") from error
     except OSError as error:
         raise CheckpointError(f"cannot use {output} as a folder: {error.strerror or error}") from error
     processes.wait()

@@ -57,7 +57,7 @@ def wait_for(ready: Callable[[], bool], process: subprocess.Popen) -> None:
 
 
 def test_a_run_says_what_is_needed_to_repeat_it(done: Path) -> None:
-    found = json.loads((done / "environment.json").read_text())
+    (found,) = json.loads((done / "environment.json").read_text())
     assert found["torch"] == torch.__version__
     assert found["command"] == sys.argv
     assert {"commit", "cpu", "threads", "platform", "python", "processes"} <= set(found)
@@ -118,7 +118,8 @@ def test_two_processes_do_the_run_of_one(done: Path, tmp_path: Path, parallel: s
     assert set(checkpoint.read(run / "refconv" / "checkpoint.safetensors").tensors) == set(
         checkpoint.read(done / "refconv" / "checkpoint.safetensors").tensors
     )
-    assert json.loads((run / "environment.json").read_text())["processes"] == 2
+    (start,) = json.loads((run / "environment.json").read_text())
+    assert start["processes"] == 2
 
 
 def test_folders_that_hold_something_else(done: Path, tmp_path: Path) -> None:
@@ -140,6 +141,7 @@ def test_folders_that_hold_something_else(done: Path, tmp_path: Path) -> None:
 def test_a_run_that_is_done_is_told_again(done: Path) -> None:
     result = learn(settings(done), resume=True)
     assert result["accuracy"] == json.loads((done / "refconv" / "result.json").read_text())["accuracy"]
+    assert len(json.loads((done / "environment.json").read_text())) == 2  # every start is told
     assert result["baseline_accuracy"] == json.loads((done / "baseline" / "result.json").read_text())["accuracy"]
 
 
