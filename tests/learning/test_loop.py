@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,27 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from refconv_kernels import refocus
-from refconv_kernels.learning.data import ImageSet, MemoryImages, digits
+from refconv_kernels.learning.data import ImageSet, MemoryImages
 from refconv_kernels.learning.errors import CheckpointError, Diverged, SettingsError
 from refconv_kernels.learning.loop import Training, accuracy, logits, train
 from refconv_kernels.learning.models import SmallSeparableNet
 from refconv_kernels.learning.recipe import Recipe
 
 RECIPE = Recipe(epochs=2, warmup_epochs=1, batch_size=32, crop_padding=1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks this small are slower on several threads, and far slower where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def few() -> MemoryImages:
-    return digits(100)[0]
 
 
 def network() -> nn.Module:

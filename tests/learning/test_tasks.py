@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,8 @@ SETTINGS = Settings(recipe=RECIPE, form="thin", evaluate_every=2)
 
 
 @pytest.fixture(autouse=True)
-def _few_digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "_data", lambda *_: Data("digits", *digits(100)))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def task(folder: Path, arm: str = "baseline", **changes: Any) -> Task:

@@ -12,27 +12,13 @@ from torch import nn
 
 from refconv_kernels import reference, reparameterize, use_backend
 from refconv_kernels.learning import timing
-from refconv_kernels.learning.data import MemoryImages, digits
+from refconv_kernels.learning.data import MemoryImages
 from refconv_kernels.learning.errors import CheckFailed
 from refconv_kernels.learning.models import SmallSeparableNet
 from refconv_kernels.learning.recipe import Recipe
 from refconv_kernels.learning.timing import compare_steps, step_times
 
 RECIPE = Recipe(epochs=2, warmup_epochs=1, batch_size=32, crop_padding=1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks this small are slower on several threads, and far slower where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def few() -> MemoryImages:
-    return digits(100)[0]
 
 
 def network() -> nn.Module:
