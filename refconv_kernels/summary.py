@@ -13,10 +13,12 @@ from refconv_kernels.convert import check_module, reparameterize, skip_reasons
 from refconv_kernels.modules import RefConv2d
 from refconv_kernels.ops import use_backend
 from refconv_kernels.transforms import RefocusingTransformation, ThinRefocusingTransformation
+from refconv_kernels.variants import ParallelRefocusing, StackedRefocusing
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
 _OURS = (RefocusingTransformation, ThinRefocusingTransformation)
+_VARIANTS = (ParallelRefocusing, StackedRefocusing)
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class LayerSummary:
     case: str  # "depthwise", "groupwise" or "dense"
     basis_shape: tuple[int, ...]
     basis_trainable: bool
-    form: str | None  # "full" or "thin"; None for a transformation of the user's
+    form: str | None  # "full" or "thin"; None for another transformation than the default
+    transform: str  # its class
     transform_parameters: int
     transform_flops: int | None  # per training step, K^2 k^2 C_in C_out in the full form; None for one of the user's
 
@@ -57,7 +60,7 @@ class Summary:
             flops = "?" if layer.transform_flops is None else f"{layer.transform_flops:,}"
             state = "trainable" if layer.basis_trainable else "frozen"
             shape = "x".join(map(str, layer.basis_shape))
-            row = (layer.name or "(model)", layer.case, shape, state, layer.form or "custom")
+            row = (layer.name or "(model)", layer.case, shape, state, layer.form or layer.transform)
             rows.append((*row, f"{layer.transform_parameters:,}", flops))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -128,18 +131,27 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Summar
 def _layer(name: str, layer: RefConv2d) -> LayerSummary:
     depthwise = layer.groups == layer.in_channels and layer.groups > 1
     transform, basis = layer.transform, layer.basis_weight
-    flops = None
-    if isinstance(transform, _OURS):
-        flops = transform.weight.numel() * basis[0, 0].numel()
     return LayerSummary(
         name=name,
         case="depthwise" if depthwise else "dense" if layer.groups == 1 else "groupwise",
         basis_shape=tuple(basis.shape),
         basis_trainable=basis.requires_grad,
         form=layer.form,
+        transform=type(transform).__name__,
         transform_parameters=sum(p.numel() for p in transform.parameters()),
-        transform_flops=flops,
+        transform_flops=_transform_flops(transform, basis[0, 0].numel()),
     )
+
+
+def _transform_flops(transform: nn.Module, positions: int) -> int | None:
+    """Multiply-adds of a transformation of kernels with ``positions`` positions each; None if it is not ours."""
+    if isinstance(transform, _OURS):
+        return transform.weight.numel() * positions
+    if isinstance(transform, _VARIANTS):
+        attention = getattr(transform, "attention", None)
+        flops = sum(weight.numel() for weight in transform.weights) * positions
+        return flops + (0 if attention is None else sum(p.numel() for p in attention.parameters()))
+    return None
 
 
 def _materialised(tensors: Iterable[Tensor]) -> list[Tensor]:

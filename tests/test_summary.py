@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from refconv_kernels import RefConv2d, refocus, reparameterize, summary
+from refconv_kernels import RefConv2d, refocus, reparameterize, summary, variant
 from refconv_kernels.learning.models import MobileNetV1, MobileNetV2
 
 
@@ -63,7 +65,19 @@ def test_cases_and_shared_layers() -> None:
 def test_custom_transform_has_unknown_arithmetic() -> None:
     result = summary(refocus(nn.Conv2d(3, 3, 3), transform=lambda conv: nn.Identity()))
     assert result.transform_flops is None
-    assert "?" in str(result)
+    (row,) = result.layers
+    assert (row.form, row.transform) == (None, "Identity")
+    assert re.search(r"frozen  Identity +0 +\?", str(result))
+
+
+def test_arithmetic_of_the_variants() -> None:
+    """Table VII: a branch or a layer more costs the first one's again; attention a product each way."""
+    conv = nn.Conv2d(8, 8, 3, groups=8)
+    once = 9 * 9 * 8 * 8
+    for name, times, attention in (("1B1L", 1, 0), ("2B1L", 2, 0), ("3B1L", 3, 0), ("1B2L", 2, 0), ("1B2L+SE", 2, 32)):
+        result = summary(refocus(conv, transform=lambda conv, name=name: variant(name, conv)))
+        assert result.transform_flops == times * once + attention
+    assert "StackedRefocusing" in str(result)
 
 
 def test_printed_table() -> None:

@@ -256,7 +256,7 @@ def test_networks(name: str) -> None:
     assert [row.form for row in result.layers] == [None, None]
     assert result.deployed_parameters == sum(p.numel() for p in model.parameters())
     assert result.training_parameters == sum(p.numel() for p in refocused.parameters() if p.requires_grad)
-    assert "custom" in str(result)
+    assert all(row.transform in str(result) for row in result.layers)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # PyTorch's compiler, about its own code
