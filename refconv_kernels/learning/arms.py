@@ -76,7 +76,7 @@ class Arm:
         """``recipe`` with this arm's learning rate; ``tuned`` is the one that was chosen."""
         if self.lr == "tuned":
             if tuned is None:
-                raise SettingsError("the arm 'retrain-tuned' needs its learning rate chosen first: use learn compare")
+                raise SettingsError(f"this arm ({self.text}) needs its learning rate chosen first: use learn compare")
             return replace(recipe, lr=tuned)
         return recipe if self.lr is None else replace(recipe, lr=float(self.lr))
 
@@ -96,6 +96,7 @@ ARMS: dict[str, Arm] = {
         "the baseline trained as long again, its learning rate chosen on held-out images", refocused=False, lr="tuned"
     ),
     "refconv": Arm("RefConv (1B1L)"),
+    "refconv-tuned": Arm("RefConv, its learning rate chosen on held-out images", lr="tuned"),
     "zero": Arm("RefConv, W_r zero at first (ZI)", options={"init": "zeros"}),
     "no-identity": Arm("RefConv without the identity (w/o shortcut)", options={"identity": False}),
     "random-basis": Arm("RefConv, basis random and frozen (R)", random_basis=True),

@@ -35,9 +35,9 @@ CONTROLS = ("baseline", "retrain", "finetune", "retrain-tuned")
 def run_comparison(settings: Settings, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Train every arm from every seed, and judge the differences in accuracy on the test images after the last epoch.
 
-    All second trainings of a seed start from the same baseline and see the same images in the same order. A learning
-    rate is chosen, where ``retrain-tuned`` is asked for, on images held out from the training images, with a
-    baseline that has not seen them.
+    All second trainings of a seed start from the same baseline and see the same images in the same order. Where an
+    arm's learning rate is tuned, it is chosen on images held out from the training images, from a baseline that has
+    not seen them.
 
     Args:
         settings: ``compare`` says which arms, how many seeds and how many trainings at a time; ``seed`` is the
@@ -59,29 +59,26 @@ def run_comparison(settings: Settings, *, resume: bool = False, quiet: bool = Fa
         open_run(settings, device, resume=resume)
         given = None if settings.pretrained is None else Path(settings.pretrained)
         seeds = {f"seed{n}": replace(settings, seed=n) for n in range(settings.seed, settings.seed + wanted.seeds)}
-        tuning, tuned = output / "tuning", None
         first = [Task(output / name / "baseline", own, "baseline", given) for name, own in seeds.items()]
-        if "retrain-tuned" in arms:
-            held = wanted.held_out
-            base = Task(tuning / "baseline", settings, "baseline", given, held_out=held)
-            _all([*first, base], wanted.jobs, watch, quiet)
-            tasks = [
-                Task(tuning / f"lr-{rate:g}", settings, "retrain-tuned", given or base.directory, rate, held)
-                for rate in wanted.rates
-            ]
-            results = _all(tasks, wanted.jobs, watch, quiet)
-            tuned = max(zip(results, wanted.rates, strict=True), key=lambda pair: pair[0]["accuracy"])[1]
-            rates = [{"lr": r, "held_out_accuracy": x["accuracy"]} for r, x in zip(wanted.rates, results, strict=True)]
-        else:
-            _all(first, wanted.jobs, watch, quiet)
-            rates = []
+        tuned_arms = [arm for arm in arms if ARMS[arm].lr == "tuned"]
+        held, folder = wanted.held_out, output / "tuning"
+        base = Task(folder / "baseline", settings, "baseline", given, held_out=held)
+        _all([*first, base] if tuned_arms else first, wanted.jobs, watch, quiet)
+        tries = [
+            Task(
+                base.directory.parent / f"{arm}-{rate:g}", settings, arm, given or base.directory, rate, wanted.held_out
+            )
+            for arm in tuned_arms
+            for rate in wanted.rates
+        ]
+        tuning = _tuning(tries, _all(tries, wanted.jobs, watch, quiet))
         second = [
             Task(
                 output / name / arm,
                 _settings_of(arm, own),
                 arm,
                 given or output / name / "baseline",
-                tuned if ARMS[arm].lr == "tuned" else None,
+                tuning[arm]["chosen"] if arm in tuning else None,
             )
             for name, own in seeds.items()
             for arm in arms
@@ -90,7 +87,7 @@ def run_comparison(settings: Settings, *, resume: bool = False, quiet: bool = Fa
     by_arm: dict[str, list[dict[str, Any]]] = {}
     for result in done:
         by_arm.setdefault(result["arm"], []).append(result)
-    summary = _summary(settings, by_arm, rates, tuned)
+    summary = _summary(settings, by_arm, tuning)
     log.write_json(output / "comparison.json", summary)
     checkpoint.write_file(output / "comparison.txt", lambda path: path.write_text(report(summary) + "\n"))
     draw_curves({arm: results[0]["history"] for arm, results in by_arm.items()}, output / "curves.png")
@@ -148,8 +145,19 @@ def _one(task: Task, watch: Watch | None, quiet: bool) -> dict[str, Any]:
     return result
 
 
+def _tuning(tries: Sequence[Task], results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By arm: accuracy on the held-out images by learning rate, and the rate with the best."""
+    found: dict[str, dict[str, Any]] = {}
+    for task, result in zip(tries, results, strict=True):
+        rates = found.setdefault(task.arm, {"rates": []})["rates"]
+        rates.append({"lr": task.tuned, "held_out_accuracy": result["accuracy"]})
+    for entry in found.values():
+        entry["chosen"] = max(entry["rates"], key=lambda rate: rate["held_out_accuracy"])["lr"]
+    return found
+
+
 def _summary(
-    settings: Settings, by_arm: dict[str, list[dict[str, Any]]], rates: list[dict[str, float]], tuned: float | None
+    settings: Settings, by_arm: dict[str, list[dict[str, Any]]], tuning: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     right = {arm: [result["accuracy"] for result in results] for arm, results in by_arm.items()}
     differences = []
@@ -164,7 +172,7 @@ def _summary(
         "images": first["images"],
         "settings": options.flat(settings),
         "seeds": settings.compare.seeds,
-        "tuning": {"rates": rates, "chosen": tuned},
+        "tuning": tuning,
         "arms": {
             arm: {
                 "text": ARMS[arm].text,
@@ -207,7 +215,7 @@ def report(summary: dict[str, Any]) -> str:
         lines.append(f"{name:<{wide}}{d['mean']:>+7.2f}   {interval:<16} {d['verdict']}")
     if len(names) > 1:
         lines.append(f"({len(names)} intervals: by chance alone one in twenty excludes zero.)")
-    if summary["tuning"]["rates"]:
-        tried = ", ".join(f"{r['lr']:g}: {r['held_out_accuracy']:.2f}" for r in summary["tuning"]["rates"])
-        lines.append(f"learning rate of retrain-tuned, by accuracy on held-out training images ({tried})")
+    for arm, entry in summary["tuning"].items():
+        tried = ", ".join(f"{rate['lr']:g}: {rate['held_out_accuracy']:.2f}" for rate in entry["rates"])
+        lines.append(f"learning rate of {arm}, by accuracy on held-out training images ({tried})")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import torch
 
 from refconv_kernels.learning import checkpoint, log
 from refconv_kernels.learning import settings as options
+from refconv_kernels.learning.arms import ARMS
 from refconv_kernels.learning.distributed import ALONE, Processes, joined
 from refconv_kernels.learning.errors import CheckpointError, SettingsError
 from refconv_kernels.learning.settings import Settings
@@ -46,6 +47,7 @@ def learn(settings: Settings, *, resume: bool = False, quiet: bool = False) -> d
     """
     output = Path(settings.output)
     device = prepare_torch(settings)
+    ARMS[settings.arm].recipe(settings.recipe)
     check_arms([settings])
     with joined(settings.parallel, device) as processes, Watch() as watch:
         open_run(settings, device, resume=resume, processes=processes)

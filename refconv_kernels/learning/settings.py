@@ -41,7 +41,7 @@ class Comparison:
     Args:
         arms: what to compare (below); the baseline is always trained.
         seeds: repetitions, each from other random weights and with the images in another order.
-        rates: learning rates to choose from for ``retrain-tuned``.
+        rates: learning rates to choose from for the arms whose rate is tuned.
         held_out: share of the training images on which that choice is made.
         jobs: trainings at a time, each a process of its own.
     """
@@ -141,8 +141,8 @@ class Settings:
             raise SettingsError(f"checkpoint_minutes (={self.checkpoint_minutes}) must be positive")
 
 
-#: Settings that do not change what is computed, so a run may go on with others.
-FREE = ("output", "device", "threads", "parallel", "checkpoint_minutes", "compare.jobs")
+#: Settings that do not change what a training computes (it knows its own arm), so a run may go on with others.
+FREE = ("output", "arm", "device", "threads", "parallel", "checkpoint_minutes", "compare.jobs")
 
 _SECTIONS: dict[str, type] = {"recipe": Recipe, "compare": Comparison}
 

@@ -245,14 +245,16 @@ def test_an_unknown_form(pretrained: nn.Module) -> None:
 @pytest.mark.parametrize("name", ARMS)
 def test_recipes(name: str) -> None:
     recipe = Recipe(epochs=7, lr=0.3, ema=0.5)
-    expected = {"finetune": 1e-4, "retrain-tuned": 0.02}.get(name, 0.3)
+    expected = {"finetune": 1e-4, "retrain-tuned": 0.02, "refconv-tuned": 0.02}.get(name, 0.3)
     got = ARMS[name].recipe(recipe, 0.02)
     assert got == Recipe(epochs=7, lr=expected, ema=0.5)
     assert recipe.lr == 0.3
 
 
 def test_tuned_needs_its_rate() -> None:
-    message = r"^the arm 'retrain-tuned' needs its learning rate chosen first: use learn compare$"
+    message = (
+        r"^this arm \(the baseline trained as long again, .*\) needs its learning rate chosen first: use learn compare$"
+    )
     with pytest.raises(SettingsError, match=message):
         ARMS["retrain-tuned"].recipe(Recipe())
 

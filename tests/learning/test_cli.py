@@ -81,6 +81,7 @@ def test_errors_are_one_line(done: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "model (='resnet') must be one of" in one_line(capsys, ["learn", *new, "--model", "resnet"])
     assert "arm (='magic') must be one of" in one_line(capsys, ["learn", *new, "--arm", "magic"])
     assert "warmup_epochs (=5) must be less than epochs (=5)" in one_line(capsys, ["learn", *new, "--epochs", "5"])
+    assert "chosen first: use learn compare" in one_line(capsys, ["learn", *new, "--arm", "refconv-tuned"])
     assert "'thin'" in one_line(capsys, ["learn", *new, "--form", "thin", "--arm", "1b2l"])
     assert str(empty) in one_line(capsys, ["learn", *new, "--data", str(empty)])
     assert "nowhere.npz" in one_line(capsys, ["learn", *new, "--data", "nowhere.npz"])

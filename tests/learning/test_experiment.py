@@ -87,11 +87,11 @@ def test_arms_of_a_seed_start_from_its_baseline(done: tuple[Path, dict[str, Any]
 
 def test_the_rate_is_chosen_on_held_out_images(done: tuple[Path, dict[str, Any]]) -> None:
     folder, summary = done
-    assert [rate["lr"] for rate in summary["tuning"]["rates"]] == [0.1, 1e-6]
-    best = max(summary["tuning"]["rates"], key=lambda rate: rate["held_out_accuracy"])
-    assert summary["tuning"]["chosen"] == best["lr"]
+    assert [rate["lr"] for rate in summary["tuning"]["retrain-tuned"]["rates"]] == [0.1, 1e-6]
+    best = max(summary["tuning"]["retrain-tuned"]["rates"], key=lambda rate: rate["held_out_accuracy"])
+    assert summary["tuning"]["retrain-tuned"]["chosen"] == best["lr"]
     assert summary["arms"]["retrain-tuned"]["lr"] == best["lr"]
-    for name in ("baseline", "lr-0.1", "lr-1e-06"):
+    for name in ("baseline", "retrain-tuned-0.1", "retrain-tuned-1e-06"):
         tried = result(folder / "tuning", name)
         assert (tried["held_out"], tried["images"]) == (0.1, 90)
     assert result(folder, "seed0/retrain-tuned")["images"] == 100
@@ -99,7 +99,7 @@ def test_the_rate_is_chosen_on_held_out_images(done: tuple[Path, dict[str, Any]]
 
 def test_the_same_rate_gives_the_same_network(done: tuple[Path, dict[str, Any]]) -> None:
     folder, summary = done
-    assert summary["tuning"]["chosen"] == 0.1  # 1e-6 leaves the network as it is
+    assert summary["tuning"]["retrain-tuned"]["chosen"] == 0.1  # 1e-6 leaves the network as it is
     first, second = (
         checkpoint.read(folder / f"seed1/{arm}/checkpoint.safetensors").part("model")
         for arm in ("retrain", "retrain-tuned")
@@ -141,8 +141,8 @@ def test_weights_given_serve_every_seed(done: tuple[Path, dict[str, Any]], tmp_p
 
 
 def test_all_arms_of_the_paper_run(tmp_path: Path) -> None:
-    summary = run_comparison(settings(tmp_path / "run", *(arm for arm in ARMS if arm != "retrain-tuned"), seeds=1))
-    assert set(summary["arms"]) == set(ARMS) - {"retrain-tuned"}
+    summary = run_comparison(settings(tmp_path / "run", *(arm for arm in ARMS if not arm.endswith("-tuned")), seeds=1))
+    assert set(summary["arms"]) == set(ARMS) - {"retrain-tuned", "refconv-tuned"}
     assert {entry["deployed_parameters"] for entry in summary["arms"].values()} == {24810}
     assert all(d["low"] is None for d in summary["differences"])  # one seed gives no interval
 
