@@ -19,7 +19,7 @@ REFOCUSED = [name for name, arm in ARMS.items() if arm.refocused]
 PLAIN = ["baseline", "retrain", "finetune", "retrain-tuned"]
 VARIANTS = {"2b1l": "2B1L", "3b1l": "3B1L", "1b2l": "1B2L", "1b2l-gelu": "1B2L+GELU", "1b1l-se": "1B1L+SE"}
 VARIANTS["1b2l-se"] = "1B2L+SE"
-LINEAR = ["refconv", "zero", "no-identity", "random-basis"]
+LINEAR = ["refconv", "refconv-tuned", "zero", "no-identity", "random-basis"]
 RANDOM = ["random-basis", "random-trainable-basis"]
 #: Where the layers are that every refocused arm replaces; "pointwise" and "small" are left alone.
 LAYERS = ("stem", "depthwise")
