@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import statistics
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -96,24 +96,22 @@ def run_comparison(settings: Settings, *, resume: bool = False, quiet: bool = Fa
 
 def _settings_of(arm: str, settings: Settings) -> Settings:
     """Where the thin form is asked for, the arms in which it would be another model take the full one."""
-    form = settings.form if ARMS[arm].can_be_thin else "full"
-    return replace(settings, arm=arm, form=form)
+    other = ARMS[arm].refocused and not ARMS[arm].can_be_thin
+    return replace(settings, arm=arm, form="full" if other else settings.form)
 
 
 def _all(tasks: Sequence[Task], jobs: int, watch: Watch, quiet: bool) -> list[dict[str, Any]]:
     """The results of ``tasks`` in their order, ``jobs`` at a time."""
     if jobs == 1 or len(tasks) < 2:
         return [_one(task, watch, quiet) for task in tasks]
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_ignore_signals) as pool:
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    with ProcessPoolExecutor(jobs, context, initializer=_listen, initargs=(stop,)) as pool:
         running = [pool.submit(_one, task, None, True) for task in tasks]
         while wait(running, _POLL).not_done:
-            failed = any(one.done() and not one.cancelled() and one.exception() for one in running)
-            if failed or watch.asked is not None:
-                for one in running:
-                    one.cancel()
-                for child in multiprocessing.active_children():  # again and again: one may just have taken a new task
-                    os.kill(child.pid or 0, signal.SIGTERM)
-    errors = [error for one in running if not one.cancelled() and (error := one.exception()) is not None]
+            if watch.asked is not None or any(one.done() and one.exception() for one in running):
+                stop.set()  # none is cancelled: each that still starts ends at once
+    errors = [error for one in running if (error := one.exception()) is not None]
     for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):  # what stopped the others comes first
         if isinstance(error, Stopped):
             output = tasks[0].settings.output
@@ -124,21 +122,38 @@ def _all(tasks: Sequence[Task], jobs: int, watch: Watch, quiet: bool) -> list[di
     return [one.result() for one in running]
 
 
-def _ignore_signals() -> None:
-    """In a process between its tasks; in a task a :class:`Watch` listens, to Ctrl-C too, which all processes hear."""
+class _Told(Watch):
+    """Hears of a signal from the process that started this one, through an event."""
+
+    def __init__(self, stop: Event) -> None:
+        super().__init__()
+        self._stop = stop
+
+    @property
+    def asked(self) -> int | None:
+        return signal.SIGTERM if self._stop.is_set() else None
+
+
+_told: _Told | None = None  # in a process of a pool
+
+
+def _listen(stop: Event) -> None:
+    """In a process of a pool, at its start: the first process alone hears signals, a terminal's Ctrl-C too."""
+    global _told
+    _told = _Told(stop)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _one(task: Task, watch: Watch | None, quiet: bool) -> dict[str, Any]:
-    """Do one task; in a process of its own (``watch`` is None) it listens to signals itself."""
+    """Do one task; in a process of a pool (``watch`` is None) what its parent hears counts."""
     known = (task.directory / RESULT).exists()
-    if watch is not None:
-        result = run_task(task, watch=watch, quiet=quiet)
-    else:
-        with Watch() as own:
-            prepare_torch(task.settings)
-            result = run_task(task, watch=own, quiet=quiet)
+    if watch is None:
+        assert _told is not None
+        if _told.asked is not None:
+            raise Stopped("stopped before it began", signal.SIGTERM)
+        prepare_torch(task.settings)
+    result = run_task(task, watch=watch or _told, quiet=quiet)
     if not known and (quiet or not sys.stderr.isatty()):
         name = f"{task.directory.parent.name}/{task.directory.name}"
         print(f"{name}: {result['accuracy']:.2f} %, {result['seconds']:.0f} s", file=sys.stderr, flush=True)

@@ -42,9 +42,14 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.asked: int | None = None
+        self._asked: int | None = None
         self._first = 0.0
         self._before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> int | None:
+        """The signal that came, or None."""
+        return self._asked
 
     def __enter__(self) -> Watch:
         if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
@@ -58,8 +63,8 @@ class Watch:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is None:
-            self.asked, self._first = number, time.monotonic()
+        if self._asked is None:
+            self._asked, self._first = number, time.monotonic()
         elif time.monotonic() - self._first >= PATIENCE:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
