@@ -17,7 +17,7 @@ import torch
 from refconv_kernels.learning import checkpoint, experiment, tasks
 from refconv_kernels.learning.arms import ARMS
 from refconv_kernels.learning.data import Data, digits
-from refconv_kernels.learning.errors import LearningError, SettingsError
+from refconv_kernels.learning.errors import CheckpointError, SettingsError
 from refconv_kernels.learning.experiment import report, run_comparison
 from refconv_kernels.learning.recipe import Recipe
 from refconv_kernels.learning.settings import Comparison, Settings
@@ -207,10 +207,12 @@ def test_the_thin_form_is_for_the_arms_that_can_have_it(tmp_path: Path) -> None:
     assert summary["arms"]["1b2l"]["training_parameters"] > 200_000
 
 
-def test_an_error_in_one_process_is_told(tmp_path: Path) -> None:
+def test_an_error_in_one_process_stops_the_others_and_is_told(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    chosen = replace(
-        settings(run, "refconv", seeds=2, jobs=2), recipe=Recipe(epochs=2, warmup_epochs=1, batch_size=599)
-    )
-    with pytest.raises(LearningError, match=r"batch_size \(=599\) leaves 1 of 600 images"):
-        run_comparison(replace(chosen, recipe=replace(chosen.recipe, accumulation=2)))
+    (run / "seed0" / "baseline").mkdir(parents=True)
+    (run / "seed0" / "baseline" / "result.json").write_text("damaged")
+    chosen = settings(run, "refconv", seeds=4, jobs=2)
+    endless = replace(chosen, recipe=Recipe(epochs=100_000, batch_size=50))  # unless it is stopped
+    with pytest.raises(CheckpointError, match=r"seed0.baseline.result.json is damaged .*: delete it"):
+        run_comparison(endless)
+    assert not (run / "seed3").exists()
