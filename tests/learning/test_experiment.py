@@ -147,26 +147,15 @@ def test_all_arms_of_the_paper_run(tmp_path: Path) -> None:
     assert all(d["low"] is None for d in summary["differences"])  # one seed gives no interval
 
 
-def test_processes_side_by_side_give_the_same(tmp_path: Path) -> None:
-    texts = []
-    for jobs in (1, 2):
-        run = tmp_path / str(jobs)
-        command = [
-            sys.executable,
-            "-m",
-            "refconv_kernels",
-            "learn",
-            "compare",
-            "--output",
-            str(run),
-            "--jobs",
-            str(jobs),
-        ]
-        command += ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "100", "--threads", "1", "--seeds", "2"]
-        ran = subprocess.run([*command, "--arms", "refconv"], capture_output=True, text=True, check=True)
-        texts.append([line for line in ran.stdout.splitlines() if " - " in line])
-        assert "seed1/refconv: " in ran.stderr
-    assert texts[0] == texts[1]
+def test_processes_side_by_side_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the processes know nothing of it
+    chosen = replace(settings(tmp_path / "1", "refconv", seeds=2), recipe=replace(RECIPE, batch_size=100))
+    side_by_side = replace(chosen, output=str(tmp_path / "2"), compare=replace(chosen.compare, jobs=2))
+    first, second = run_comparison(chosen), run_comparison(side_by_side)
+    assert [entry["accuracy"] for entry in first["arms"].values()] == [
+        entry["accuracy"] for entry in second["arms"].values()
+    ]
+    assert first["differences"] == second["differences"]
 
 
 def test_a_signal_stops_all_processes(tmp_path: Path) -> None:
