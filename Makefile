@@ -1,6 +1,7 @@
 # demo, test, bench, check (lint and test): each sets up everything it needs by itself, in $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
@@ -9,8 +10,9 @@ SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find c
 demo: $(VENV)/.installed
 	$(BIN)/python -m refconv_kernels demo --output demo
 
+# Threads that wait must sleep: the workers' teams share the cores.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=benchmarks/.last.json --benchmark-quiet -q

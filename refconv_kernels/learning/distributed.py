@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from refconv_kernels.learning.errors import SettingsError
 
-__all__ = ["ALONE", "Processes", "SyncBatchNorm2d", "assign", "joined", "own_part", "whole"]
+__all__ = ["ALONE", "Processes", "SyncBatchNorm2d", "assign", "joined", "leave", "own_part", "whole"]
 
 PARALLEL = ("ddp", "fsdp")
 
@@ -109,7 +110,15 @@ def joined(parallel: str, device: torch.device) -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), parallel)
     finally:
-        dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    # Gloo's threads let go of the last sum's tensor when they come to it, and need Python's lock for that: one that asks
+    # while Python shuts down aborts the process. They cannot be waited for: DDP keeps them beyond the group's end.
+    time.sleep(0.1)
+    dist.destroy_process_group()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from refconv_kernels import refocus
 from refconv_kernels.learning import checkpoint
 from refconv_kernels.learning.data import MemoryImages
-from refconv_kernels.learning.distributed import ALONE, Processes, SyncBatchNorm2d, joined
+from refconv_kernels.learning.distributed import ALONE, Processes, SyncBatchNorm2d, joined, leave
 from refconv_kernels.learning.errors import Diverged, SettingsError
 from refconv_kernels.learning.loop import Training
 from refconv_kernels.learning.models import SmallSeparableNet
@@ -77,7 +77,7 @@ def worker(rank: int, folder: str, parallel: str) -> None:
             made = one.checkpoint()
             if rank == 0:
                 checkpoint.write(Path(folder) / f"{form}-{name}.safetensors", made)
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -105,7 +105,7 @@ def diverging_worker(rank: int, folder: str) -> None:
         now._loss.fill_(torch.nan)  # what one process sees, all of them hear
     with pytest.raises(Diverged, match="the loss is nan in epoch 1"):
         now.checkpoint()
-    dist.destroy_process_group()
+    leave()
 
 
 def test_a_loss_that_diverges_in_one_process_stops_all(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def accumulating_worker(rank: int, folder: str) -> None:
     made = now.checkpoint()
     if rank == 0:
         checkpoint.write(Path(folder) / "made.safetensors", made)
-    dist.destroy_process_group()
+    leave()
 
 
 def test_accumulation_in_two_processes_is_the_whole_batch_in_one(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def batch_norm_worker(rank: int, folder: str) -> None:
             torch.testing.assert_close(total, plain.weight.grad)
         if plain.track_running_stats:
             torch.testing.assert_close(ours.eval()(part), plain.eval()(part))
-    dist.destroy_process_group()
+    leave()
 
 
 def test_batch_norm_sees_the_batches_of_all(tmp_path: Path) -> None:
