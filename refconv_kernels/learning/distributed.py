@@ -115,8 +115,8 @@ def joined(parallel: str, device: torch.device) -> Iterator[Processes]:
 
 def leave() -> None:
     """Part from the other processes."""
-    # Gloo's threads let go of the last sum's tensor when they come to it, and need Python's lock for that: one that asks
-    # while Python shuts down aborts the process. They cannot be waited for: DDP keeps them beyond the group's end.
+    # Gloo's threads let go of the last sum's tensor when they come to it, and need Python's lock for that: one that
+    # asks while Python shuts down aborts the process. They cannot be waited for: DDP keeps them beyond the group's end.
     time.sleep(0.1)
     dist.destroy_process_group()
 
