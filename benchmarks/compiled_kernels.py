@@ -39,8 +39,8 @@ TARGETS = {
 #: Channels, height and width, kernel size, stride, dilation, channel multiplier.
 LAYERS = [
     (144, 56, 3, 1, 1, 1),
-    (144, 56, 3, 2, 1, 1),
     (960, 7, 3, 1, 1, 1),
+    (144, 56, 3, 2, 1, 1),
     (120, 28, 5, 1, 1, 1),
     (72, 56, 5, 2, 1, 1),
     (384, 14, 7, 1, 1, 1),

@@ -44,11 +44,14 @@ def test_other_dtypes(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("batch", "channels", "height", "width"),
     [
-        (1, 2, 7, 73),  # 511 pixels: a tile of NCHW has 512
-        (1, 2, 16, 32),
-        (1, 2, 3, 171),
-        (11, 3, 7, 7),  # several images in a tile, the last one in two
-        (2, 63, 3, 3),  # a tile of channels_last has up to 64 channels, and 16 pixels of them
+        (1, 2, 8, 127),  # a tile of NCHW has 128 strips of up to 8 rows
+        (1, 2, 8, 128),
+        (1, 2, 7, 129),
+        (1, 2, 9, 15),  # rows are left over in the last strips
+        (2, 2, 5, 3),
+        (1, 2, 10, 3),
+        (19, 3, 7, 7),  # several images in a tile, the last one in two
+        (2, 63, 3, 3),  # a tile of channels_last has up to 64 channels, and 8 strips of them
         (2, 64, 4, 4),
         (1, 65, 1, 17),
     ],
@@ -96,8 +99,9 @@ def test_unusual_geometry(case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case("tiles", 30, 30, (3, 3), 30, batch=11, height=7, width=7),  # 539 pixels, two tiles; 270 entries of W_r
+        Case("tiles", 30, 30, (3, 3), 30, batch=19, height=7, width=7),  # 133 strips, two tiles; 270 entries of W_r
         Case("stride", 3, 3, (3, 3), 3, stride=(2, 2), height=9, width=8),
+        Case("stride_even", 3, 3, (3, 3), 3, stride=(2, 2), height=8, width=9),
         Case("map_5", 11, 11, (2, 3), 11, padding=(0, 1), map_size=5, bias=False),
         Case("bias_on_its_own", 3, 3, (3, 3), 3, padding=(0, 0), dilation=(1, 2)),
         Case("one_tap", 4, 4, (1, 1), 4, padding=(0, 0), map_size=1),
@@ -189,6 +193,17 @@ def test_infinity_reaches_only_the_taps_that_see_it() -> None:
     op = torch.ops.refconv_triton.grouped_conv2d_backward.default
     got = op(torch.ones(1, 1, 3, 5, device=DEVICE), x, weight, [1, 1], [0, 0], [1, 1], False, True, False)[1]
     assert torch.equal(got.isinf()[0, 0], torch.tensor([[False, False, True]] * 3, device=DEVICE))
+    assert not got.isnan().any()
+
+
+def test_no_tap_sees_what_lies_below_the_map() -> None:
+    """Nine rows leave three of the last strip's four over, which would meet the last row of dy."""
+    x, dy = torch.ones(1, 1, 9, 7, device=DEVICE), torch.ones(1, 1, 9, 7, device=DEVICE)
+    dy[0, 0, 8, 3] = float("inf")
+    op = torch.ops.refconv_triton.grouped_conv2d_backward.default
+    weight = torch.randn(1, 1, 3, 3, device=DEVICE)
+    got = op(dy, x, weight, [1, 1], [1, 1], [1, 1], False, True, False)[1]
+    assert torch.equal(got.isinf()[0, 0], torch.tensor([[True] * 3, [True] * 3, [False] * 3], device=DEVICE))
     assert not got.isnan().any()
 
 

@@ -8,24 +8,21 @@ import torch
 import triton
 from torch import Tensor
 
-from refconv_kernels.backends.triton.depthwise_kernels import (
-    backward_kernel,
-    forward_kernel,
-    input_gradient_kernel,
-    thin_forward_kernel,
-)
+from refconv_kernels.backends.triton.depthwise_kernels import backward_kernel, forward_kernel, input_gradient_kernel
 from refconv_kernels.backends.triton.launch import (
     accumulator,
     bias_tap,
     blocks,
     constants,
     device_of,
+    met_rows,
     registers,
     strides,
+    strip_rows,
+    words,
 )
 from refconv_kernels.geometry import output_format, output_size
 
-_UNROLLED_COLUMNS = 7  # taps of a row whose loads may be under way together
 _FUSED_TAPS = 25  # sums of dW in registers; beyond, dx and dW are two launches, dW's by kernel rows
 _PROGRAMS = 2048  # of a backward: enough for every multiprocessor, few enough for short partial sums
 _THIN_TILES = 16  # of a forward program with a prologue, which then adds little to each;
@@ -67,25 +64,21 @@ def forward(
     )
     if y.numel() == 0:
         return y
-    # W_t takes registers of every channel that a thread has: 4 of them in a tile of 512, without which it would be 8.
-    block_p, block_c = blocks(y.shape[1], layout is torch.channels_last, None if thin is None else 512)
-    tiles, channel_blocks = triton.cdiv(y.shape[0] * size[0] * size[1], block_p), triton.cdiv(y.shape[1], block_c)
-    sizes = constants(x, weight, y, stride, padding, dilation)
-    common = {"HAS_BIAS": bias is not None, "ACCUMULATOR": accumulator(x), "BLOCK_P": block_p, "BLOCK_C": block_c}
+    rows = strip_rows(size[0], 1, 8 if layout is torch.contiguous_format and x.dtype != torch.float64 else 4)
+    held = ((rows - 1) * stride[0] + (weight.shape[2] - 1) * dilation[0] + 1 + rows) * words(x)
+    block_p, block_c = blocks(y.shape[1], layout is torch.channels_last, held)
+    # Columns of taps whose loads may be under way together.
+    unrolled = weight.shape[3] if weight.shape[3] <= 3 and held * block_p * block_c <= 48 * 128 else 1
+    tiles = triton.cdiv(y.shape[0] * triton.cdiv(size[0], rows) * size[1], block_p)
+    channel_blocks = triton.cdiv(y.shape[1], block_c)
+    per_program = 1 if thin is None else max(1, min(_THIN_TILES, tiles * channel_blocks // _THIN_PROGRAMS))
     with device_of(x):
-        if thin is not None:
-            del sizes["MULTIPLIER"]
-            most = 72 if block_c == 1 else 96  # as many blocks at once as can be; with less, some spill
-            per_program = max(1, min(_THIN_TILES, tiles * channel_blocks // _THIN_PROGRAMS))
-            thin_forward_kernel[(triton.cdiv(tiles, per_program), channel_blocks)](
-                x, weight, bias, y, y.shape[0], y.shape[1], tiles, per_program, *strides(x), *strides(y),
-                **sizes, **common, **thin.arguments(), **registers(x, most),
-            )  # fmt: skip
-            return y
-        forward_kernel[(tiles, channel_blocks)](
-            x, weight, bias, y, y.shape[0], y.shape[1], *strides(x), *strides(y), **sizes, **common,
-            UNROLL_H=weight.shape[2] if block_c == 1 and weight[0].numel() <= 9 else 1,
-            UNROLL_W=weight.shape[3] if weight.shape[3] <= _UNROLLED_COLUMNS else 4, **registers(x, 168),
+        forward_kernel[(triton.cdiv(tiles, per_program), channel_blocks)](
+            x, weight, bias, y, y.shape[0], y.shape[1], tiles, per_program, *strides(x), *strides(y),
+            **constants(x, weight, y, stride, padding, dilation), ROWS=rows,
+            UNROLL_W=unrolled,
+            ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c,
+            **({} if thin is None else thin.arguments()), **registers(x, 80 if block_c == 1 else 128),
         )  # fmt: skip
     return y
 
@@ -148,26 +141,21 @@ def partial_sums(
     sizes = constants(x, weight, dy, stride, padding, dilation)
     taps, kernel_w = weight[0].numel(), weight.shape[3]
     fused = need_weight and is_fused(x, weight)
-    all_strides = (*strides(x), *strides(dy))
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
     with device_of(x):
         if need_input and not fused:
-            block_p, block_c = blocks(x.shape[1], layout is torch.channels_last)
-            grid = (triton.cdiv(pixels, block_p), triton.cdiv(x.shape[1], block_c))
-            input_gradient_kernel[grid](
-                dy, weight, dx, x.shape[0], x.shape[1], *all_strides, **sizes,
-                ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(x, 168),
-            )  # fmt: skip
+            _input_gradient(dy, x, weight, dx, sizes, layout is torch.channels_last)
         if not need_weight:
             return dx, None, False
         tap_rows = weight.shape[2] if taps <= _FUSED_TAPS else max(1, _FUSED_TAPS // kernel_w)
+        tap_rows = min(triton.cdiv(tap_rows, stride[0]) * stride[0], weight.shape[2])  # a block spans whole strides
         dbias_tap = bias_tap(sizes) if need_bias and tap_rows == weight.shape[2] else -1
-        # Every element of a tile has a lane of every sum: 4 of them per thread and tap, or 2, or 1.
+        # A strip holds the sums of its taps besides its pixels; of a long row of taps ptxas loads all columns at once.
         few = taps <= 9 and x.dtype != torch.float64
-        elements, most = (512, 168) if few else (256 if x.dtype != torch.float64 else 128, 255)
-        block_p, block_c = blocks(dy.shape[1], layout is torch.channels_last, elements)
-        tiles, channel_blocks = triton.cdiv(pixels, block_p), triton.cdiv(dy.shape[1], block_c)
-        row_blocks = triton.cdiv(weight.shape[2], tap_rows)
+        rows = strip_rows(x.shape[2], stride[0], 8 if few and layout is torch.contiguous_format else 4)
+        rows = rows if kernel_w <= _FUSED_TAPS else stride[0]
+        block_p, block_c = blocks(dy.shape[1], layout is torch.channels_last, 20 if few else 64)
+        tiles = triton.cdiv(x.shape[0] * triton.cdiv(x.shape[2], rows) * x.shape[3], block_p)
+        channel_blocks, row_blocks = triton.cdiv(dy.shape[1], block_c), triton.cdiv(weight.shape[2], tap_rows)
         per_chunk = triton.cdiv(tiles, max(1, _PROGRAMS // (channel_blocks * row_blocks)))
         chunks = triton.cdiv(tiles, per_chunk)
         partial = torch.empty(
@@ -177,11 +165,25 @@ def partial_sums(
         )
         backward_kernel[(chunks, channel_blocks, row_blocks)](
             dy, x, weight, dx if fused and need_input else None, partial, x.shape[0], dy.shape[1], tiles, per_chunk,
-            *all_strides, **sizes,
+            *strides(x), *strides(dy), **sizes, ROWS=rows, **met_rows(sizes, rows, tap_rows),
             TAP_ROWS=tap_rows, BIAS_TAP=dbias_tap, ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c,
-            **(thin.arguments() if thin is not None and need_input else {}), **registers(x, most),
+            **(thin.arguments() if thin is not None and need_input else {}), **registers(x, 168 if few else 255),
         )  # fmt: skip
     return dx, partial, dbias_tap >= 0
+
+
+def _input_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, dx: Tensor, sizes: dict[str, int], channels_last: bool
+) -> None:
+    """Fill dx by a kernel of its own."""
+    rows = strip_rows(x.shape[2], sizes["STRIDE_H"], 4 if channels_last or x.dtype == torch.float64 else 8)
+    met = met_rows(sizes, rows, weight.shape[2])
+    block_p, block_c = blocks(x.shape[1], channels_last, (met["COUNT"] + rows) * words(x))
+    strips = x.shape[0] * triton.cdiv(x.shape[2], rows) * x.shape[3]
+    input_gradient_kernel[(triton.cdiv(strips, block_p), triton.cdiv(x.shape[1], block_c))](
+        dy, weight, dx, x.shape[0], x.shape[1], *strides(x), *strides(dy), **sizes, ROWS=rows, **met,
+        ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(x, 168),
+    )  # fmt: skip
 
 
 def is_fused(input: Tensor, weight: Tensor) -> bool:

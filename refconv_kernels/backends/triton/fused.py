@@ -13,15 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refconv_kernels.backends.triton.depthwise_kernels import NOWHERE, _coordinates, _within
+from refconv_kernels.backends.triton.depthwise_tiles import backward_tile, forward_tile
 from refconv_kernels.backends.triton.launch import (
     accumulator,
     bias_tap,
     constants,
     device_of,
+    met_rows,
     power_of_2,
     registers,
     strides,
+    strip_rows,
 )
 from refconv_kernels.backends.triton.refocus import _seen
 from refconv_kernels.geometry import output_format, output_size
@@ -29,7 +31,7 @@ from refconv_kernels.geometry import output_format, output_size
 FEWEST_CHANNELS = 512  # programs, of four warps each: three to eight for every multiprocessor
 MOST_PIXELS = 8192  # of one channel: as many bytes as a row of W_r or two
 MOST_TAPS = 9  # that a program keeps in registers, with their sums
-_BLOCK_P, _BLOCK_L = 512, 256
+_BLOCK_P, _BLOCK_L = 128, 256  # strips, entries of a row of W_r
 
 
 def fuses(input: Tensor, weight: Tensor) -> bool:
@@ -47,11 +49,11 @@ def fused_forward_kernel(
     MULTIPLIER: tl.constexpr, IN_H: tl.constexpr, IN_W: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    MAP: tl.constexpr, IDENTITY: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    MAP: tl.constexpr, IDENTITY: tl.constexpr, ROWS: tl.constexpr, ACCUMULATOR: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """y and W_t. Programs: the channels."""
-    channel = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     first = channel // group_size * group_size
     pixel = tl.arange(0, BLOCK_S)
     drawn = pixel < KERNEL_H * KERNEL_W
@@ -73,24 +75,18 @@ def fused_forward_kernel(
     tl.store(transformed + at, row.to(transformed.dtype.element_ty), mask=drawn)
     taps = ()
     for tap in tl.static_range(KERNEL_H * KERNEL_W):
-        taps = taps + (tl.sum(tl.where(pixel == tap, row, 0), axis=0),)  # type: ignore[assignment]  # noqa: RUF005
+        taps = taps + (tl.sum(tl.where(pixel == tap, row, 0)[None, :], axis=1),)  # type: ignore[assignment]  # noqa: RUF005
 
-    offset = tl.zeros((BLOCK_P,), dtype=ACCUMULATOR)
-    if HAS_BIAS:
+    offset = tl.zeros((1,), dtype=ACCUMULATOR)
+    if bias is not None:
         offset += tl.load(bias + channel).to(ACCUMULATOR)
     for tile in range(tiles):
-        image, i, j, exists = _coordinates(tile, batch, BLOCK_P, OUT_H, OUT_W)
-        top, left = i * STRIDE_H - PAD_H, j * STRIDE_W - PAD_W
-        corner = x + image.to(tl.int64) * x_image + channel // MULTIPLIER * x_channel + (top * IN_W + left) * x_pixel
-        top = tl.where(exists, top, NOWHERE)
-        total = offset
-        for a in tl.static_range(KERNEL_H):
-            for b in tl.static_range(KERNEL_W):
-                seen = _within(top + a * DILATION_H, IN_H) & _within(left + b * DILATION_W, IN_W)
-                value = tl.load(corner + (a * DILATION_H * IN_W + b * DILATION_W) * x_pixel, mask=seen, other=0)
-                total += value.to(ACCUMULATOR) * taps[a * KERNEL_W + b]
-        to = y + image.to(tl.int64) * y_image + channel * y_channel + (i * OUT_W + j) * y_pixel
-        tl.store(to, total.to(y.dtype.element_ty), mask=exists)
+        forward_tile(
+            tile, x, y, batch, channel, (channel // MULTIPLIER * x_channel)[None, :], None, offset, None, taps,
+            x_image, x_pixel, y_image, y_channel, y_pixel,
+            IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
+            ROWS, 1, ACCUMULATOR, BLOCK_P, 1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -100,47 +96,32 @@ def fused_backward_kernel(
     MULTIPLIER: tl.constexpr, IN_H: tl.constexpr, IN_W: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    MAP: tl.constexpr, BIAS_TAP: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr,
+    MAP: tl.constexpr, ROWS: tl.constexpr, LOW: tl.constexpr, COUNT: tl.constexpr, BIAS_TAP: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """dx (None: not wanted), dW_t, dW_r, and dbias as what the tap BIAS_TAP meets (-1: not). Programs: the channels."""
-    channel = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     taps = ()
-    sums = ()
+    sums = (tl.zeros((BLOCK_P, 1), dtype=ACCUMULATOR),)
     for tap in tl.static_range(KERNEL_H * KERNEL_W):
         value = tl.load(transformed + channel * (KERNEL_H * KERNEL_W) + tap).to(ACCUMULATOR)
         taps = taps + (value,)  # type: ignore[assignment]  # noqa: RUF005
-        sums = sums + (tl.zeros((BLOCK_P,), dtype=ACCUMULATOR),)  # type: ignore[assignment]  # noqa: RUF005
-    bias_sum = tl.zeros((BLOCK_P,), dtype=ACCUMULATOR)
+        sums = sums + (tl.zeros((BLOCK_P, 1), dtype=ACCUMULATOR),)  # type: ignore[assignment]  # noqa: RUF005
     for tile in range(tiles):
-        image, h, w, exists = _coordinates(tile, batch, BLOCK_P, IN_H, IN_W)
-        here = image.to(tl.int64) * x_image + channel // MULTIPLIER * x_channel + (h * IN_W + w) * x_pixel
-        pixel = tl.load(x + here, mask=exists, other=0).to(ACCUMULATOR)
-        plane = dy + image.to(tl.int64) * y_image + channel * y_channel
-        gradient = tl.zeros((BLOCK_P,), dtype=ACCUMULATOR)
-        added = ()
-        for a in tl.static_range(KERNEL_H):
-            for b in tl.static_range(KERNEL_W):
-                top, left = h + PAD_H - a * DILATION_H, w + PAD_W - b * DILATION_W
-                i, j = top // STRIDE_H, left // STRIDE_W
-                seen = exists & (top >= 0) & (i < OUT_H) & (left >= 0) & (j < OUT_W)
-                seen = seen & (top % STRIDE_H == 0) & (left % STRIDE_W == 0)
-                met = tl.load(plane + (i * OUT_W + j) * y_pixel, mask=seen, other=0).to(ACCUMULATOR)
-                share = tl.where(seen, pixel, 0) * met
-                added = added + (sums[a * KERNEL_W + b] + share,)  # type: ignore[assignment]  # noqa: RUF005
-                if a * KERNEL_W + b == BIAS_TAP:
-                    bias_sum += met
-                gradient += met * taps[a * KERNEL_W + b]
-        sums = added
-        if dx is not None:
-            tl.store(dx + here, gradient.to(dx.dtype.element_ty), mask=exists)
+        sums = backward_tile(
+            tile, dy, x, dx, batch, channel, (channel // MULTIPLIER * x_channel)[None, :], None, 0, None, taps,
+            sums, x_image, x_pixel, y_image, y_channel, y_pixel,
+            IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
+            ROWS, LOW, COUNT, KERNEL_H, BIAS_TAP, ACCUMULATOR, BLOCK_P, 1,
+        )  # fmt: skip
     totals = ()
     for tap in tl.static_range(KERNEL_H * KERNEL_W):
-        total = tl.sum(sums[tap], axis=0)
+        total = tl.sum(sums[tap % KERNEL_W * KERNEL_H + tap // KERNEL_W], axis=0)
         tl.store(grad_weight + channel * (KERNEL_H * KERNEL_W) + tap, total.to(grad_weight.dtype.element_ty))
         totals = totals + (total,)  # type: ignore[assignment]  # noqa: RUF005
     if BIAS_TAP >= 0:
-        tl.store(grad_bias + channel, tl.sum(bias_sum, axis=0).to(grad_bias.dtype.element_ty))
+        total = tl.sum(sums[KERNEL_H * KERNEL_W], axis=0)
+        tl.store(grad_bias + channel, total.to(grad_bias.dtype.element_ty))
 
     first = channel // group_size * group_size
     length = group_size * (MAP * MAP)
@@ -173,12 +154,13 @@ def forward(
     transformed = torch.empty_like(basis)
     size = output_size(x, basis, stride, padding, dilation)
     y = x.new_empty(x.shape[0], basis.shape[0], *size)
+    rows = strip_rows(size[0])
     with device_of(x):
         fused_forward_kernel[(basis.shape[0],)](
             x, basis, refocus, bias, y, transformed, x.shape[0], refocus.shape[1],
-            triton.cdiv(x.shape[0] * size[0] * size[1], _BLOCK_P), *strides(x), *strides(y),
+            triton.cdiv(x.shape[0] * triton.cdiv(size[0], rows) * size[1], _BLOCK_P), *strides(x), *strides(y),
             **constants(x, basis, y, stride, padding, dilation),
-            MAP=refocus.shape[2], IDENTITY=identity, HAS_BIAS=bias is not None, ACCUMULATOR=accumulator(x),
+            MAP=refocus.shape[2], IDENTITY=identity, ROWS=rows, ACCUMULATOR=accumulator(x),
             BLOCK_P=_BLOCK_P, BLOCK_L=_BLOCK_L, BLOCK_S=power_of_2(basis[0].numel()), **registers(x, 224),
         )  # fmt: skip
     return y, transformed
@@ -200,6 +182,7 @@ def backward(
     """``(dx, dW_t, dW_r, dbias)``, of which dx and dbias are empty where not needed."""
     dy, x, transformed, basis = (t.contiguous() for t in (grad_output, input, transformed, basis))
     sizes = constants(x, basis, dy, stride, padding, dilation)
+    rows = strip_rows(x.shape[2], stride[0])
     dbias_tap = bias_tap(sizes) if need_bias else -1
     dx = torch.empty_like(x) if need_input else x.new_empty(0)
     grad_weight = torch.empty_like(basis)
@@ -208,10 +191,9 @@ def backward(
     with device_of(x):
         fused_backward_kernel[(basis.shape[0],)](
             dy, x, transformed, basis, dx if need_input else None, grad_weight, grad_bias, grad_refocus,
-            x.shape[0], group_size, triton.cdiv(x.shape[0] * x.shape[2] * x.shape[3], _BLOCK_P),
-            *strides(x), *strides(dy), **sizes,
-            MAP=map_size, BIAS_TAP=dbias_tap, ACCUMULATOR=accumulator(x),
-            BLOCK_P=_BLOCK_P, BLOCK_L=_BLOCK_L, **registers(x, 224),
+            x.shape[0], group_size, triton.cdiv(x.shape[0] * triton.cdiv(x.shape[2], rows) * x.shape[3], _BLOCK_P),
+            *strides(x), *strides(dy), **sizes, MAP=map_size, ROWS=rows, **met_rows(sizes, rows, basis.shape[2]),
+            BIAS_TAP=dbias_tap, ACCUMULATOR=accumulator(x), BLOCK_P=_BLOCK_P, BLOCK_L=_BLOCK_L, **registers(x, 224),
         )  # fmt: skip
         if need_bias and dbias_tap < 0:
             torch.sum(dy, (0, 2, 3), out=grad_bias)

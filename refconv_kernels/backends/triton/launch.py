@@ -23,6 +23,11 @@ def accumulator(tensor: Tensor) -> Any:
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
+def words(tensor: Tensor) -> int:
+    """Registers that a value takes in kernels over ``tensor``."""
+    return 2 if tensor.dtype == torch.float64 else 1
+
+
 def power_of_2(size: int) -> int:
     """The least power of two that is at least ``size``."""
     return triton.next_power_of_2(size)
@@ -44,10 +49,28 @@ def strides(feature_map: Tensor) -> tuple[int, int, int]:
     return batch_stride, channel_stride, column_stride
 
 
-def blocks(channels: int, channels_last: bool, elements: int | None = None) -> tuple[int, int]:
-    """BLOCK_P and BLOCK_C of a tile of that many elements: by default 4 per thread in NCHW, 8 in channels_last."""
+def blocks(channels: int, channels_last: bool, held: int) -> tuple[int, int]:
+    """BLOCK_P and BLOCK_C of a tile: in NCHW a strip for each of 128 threads, in channels_last up to 4 channels of one.
+
+    ``held``: registers that the pixels of a strip take, for each of its channels.
+    """
     block_c = min(power_of_2(channels), 64) if channels_last else 1
-    return (elements or (1024 if channels_last else 512)) // block_c, block_c
+    each = 1 if not channels_last else 4 if held <= 16 else 2 if held <= 32 else 1
+    return max(1, 128 * each // block_c), block_c
+
+
+def strip_rows(height: int, stride: int = 1, most: int = 8) -> int:
+    """Pixels of a strip, in whole strides: as many as leave none over, if that is 4 or more; else about 4."""
+    steps = range(max(1, most // stride), max(0, 3 // stride), -1)
+    exact = (step * stride for step in steps if height % (step * stride) == 0)
+    return next(exact, triton.cdiv(min(4, height), stride) * stride)
+
+
+def met_rows(constants: dict[str, int], rows: int, tap_rows: int) -> dict[str, int]:
+    """LOW and COUNT of the backward's tiles: which pixels of dy a strip of x meets through that many rows of taps."""
+    pad, stride = constants["PAD_H"], constants["STRIDE_H"]
+    low = -(((tap_rows - 1) * constants["DILATION_H"] - pad) // stride)
+    return {"LOW": low, "COUNT": (pad + rows - 1) // stride - low + 1}
 
 
 def constants(
