@@ -68,6 +68,7 @@ def test_sums_of_several_chunks(stride: tuple[int, int], monkeypatch: pytest.Mon
     from refconv_kernels.backends.triton import depthwise
 
     monkeypatch.setattr(depthwise, "_PROGRAMS", 4)  # two channels: two chunks of several tiles
+    monkeypatch.setattr(depthwise, "_FORWARD_PROGRAMS", 4)  # forward: several tiles in a program
     case = Case("chunks", 2, 2, (3, 3), 2, stride=stride, batch=3, height=31, width=30)
     for layout in LAYOUTS:
         check(case, "triton", torch.float32, layout, DEVICE)
@@ -318,7 +319,16 @@ def test_every_kernel_compiles_without_a_spill() -> None:
         printed, _ = process.communicate()
         assert process.returncode == 0, printed
         assert "no kernel spills" in printed
-        kernels = ("forward_kernel", "backward_kernel", "wide_", "narrow_", "thin_forward", "product_", "reduction_")
+        kernels = (
+            "forward_kernel",
+            "backward_kernel",
+            " thin ",
+            "fused_",
+            "wide_",
+            "narrow_",
+            "product_",
+            "reduction_",
+        )
         assert all(kernel in printed for kernel in kernels)
 
 

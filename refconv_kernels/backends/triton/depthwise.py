@@ -25,8 +25,8 @@ from refconv_kernels.geometry import output_format, output_size
 
 _FUSED_TAPS = 25  # sums of dW in registers; beyond, dx and dW are two launches, dW's by kernel rows
 _PROGRAMS = 2048  # of a backward: enough for every multiprocessor, few enough for short partial sums
-_THIN_TILES = 16  # of a forward program with a prologue, which then adds little to each;
-_THIN_PROGRAMS = 4096  # but as many programs as that, lest the last ones leave most multiprocessors idle
+_FORWARD_TILES = 16  # of a program, so that what it does once adds little to each;
+_FORWARD_PROGRAMS = 4096  # but as many programs as that, lest the last ones leave most multiprocessors idle
 
 
 class Thin(NamedTuple):
@@ -71,7 +71,7 @@ def forward(
     unrolled = weight.shape[3] if weight.shape[3] <= 3 and held * block_p * block_c <= 48 * 128 else 1
     tiles = triton.cdiv(y.shape[0] * triton.cdiv(size[0], rows) * size[1], block_p)
     channel_blocks = triton.cdiv(y.shape[1], block_c)
-    per_program = 1 if thin is None else max(1, min(_THIN_TILES, tiles * channel_blocks // _THIN_PROGRAMS))
+    per_program = max(1, min(_FORWARD_TILES, tiles * channel_blocks // _FORWARD_PROGRAMS))
     with device_of(x):
         forward_kernel[(triton.cdiv(tiles, per_program), channel_blocks)](
             x, weight, bias, y, y.shape[0], y.shape[1], tiles, per_program, *strides(x), *strides(y),
