@@ -201,9 +201,7 @@ def _resources(code: Any, count: bool) -> tuple[int, int, int, int | None]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_kernels", description=__doc__.split("\n")[0])
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all by default")
-    parser.add_argument(
-        "--quick", action="store_true", help="a few layers, mostly float32 and bfloat16, instructions not counted"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few layers and dtypes, without counting instructions")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.targets if name not in TARGETS]
     if unknown:
