@@ -16,7 +16,7 @@ from refconv_kernels.backends.triton.launch import (
     constants,
     device_of,
     met_rows,
-    registers,
+    options,
     strides,
     strip_rows,
     words,
@@ -78,7 +78,7 @@ def forward(
             **constants(x, weight, y, stride, padding, dilation), ROWS=rows,
             UNROLL_W=unrolled,
             ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c,
-            **({} if thin is None else thin.arguments()), **registers(x, 80 if block_c == 1 else 128),
+            **({} if thin is None else thin.arguments()), **options(x, 80 if block_c == 1 else 128),
         )  # fmt: skip
     return y
 
@@ -167,7 +167,7 @@ def partial_sums(
             dy, x, weight, dx if fused and need_input else None, partial, x.shape[0], dy.shape[1], tiles, per_chunk,
             *strides(x), *strides(dy), **sizes, ROWS=rows, **met_rows(sizes, rows, tap_rows),
             TAP_ROWS=tap_rows, BIAS_TAP=dbias_tap, ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c,
-            **(thin.arguments() if thin is not None and need_input else {}), **registers(x, 168 if few else 255),
+            **(thin.arguments() if thin is not None and need_input else {}), **options(x, 168 if few else 255),
         )  # fmt: skip
     return dx, partial, dbias_tap >= 0
 
@@ -182,7 +182,7 @@ def _input_gradient(
     strips = x.shape[0] * triton.cdiv(x.shape[2], rows) * x.shape[3]
     input_gradient_kernel[(triton.cdiv(strips, block_p), triton.cdiv(x.shape[1], block_c))](
         dy, weight, dx, x.shape[0], x.shape[1], *strides(x), *strides(dy), **sizes, ROWS=rows, **met,
-        ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **registers(x, 168),
+        ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **options(x, 168),
     )  # fmt: skip
 
 

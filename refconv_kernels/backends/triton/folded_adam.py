@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refconv_kernels.backends.triton.launch import accumulator, device_of, power_of_2, registers
+from refconv_kernels.backends.triton.launch import accumulator, device_of, options, power_of_2
 
 NOTHING = tl.constexpr(1e-140)  # lengths below it are no rotation: their squares would not be numbers
 
@@ -207,7 +207,7 @@ def folded_adam(
     with device_of(first):
         root_kernel[(triton.cdiv(rows, block_n),)](
             first, root, gradient, updated, turned, rows, math.sqrt(keep), math.sqrt(1 - keep),
-            RANK=rank, BLOCK_N=block_n, BLOCK_R=block_r, **registers(first, 168),
+            RANK=rank, BLOCK_N=block_n, BLOCK_R=block_r, **options(first, 168),
         )  # fmt: skip
         partial = _partial_sums(turned, rotation, rows, (scale_first, scale_second, eps))
         torch.sum(partial.transpose(1, 2), 0, out=direction)
@@ -227,7 +227,7 @@ def _partial_sums(turned: Tensor, rotation: Tensor, rows: int, scales: tuple[flo
         partial = turned.new_empty(triton.cdiv(columns, chunk), rank, rows)
         narrow_direction_kernel[(blocks, len(partial))](
             turned, rotation, partial, rows, per_group, columns, chunk, *scales, **constants,
-            BLOCK_N=block_n, num_warps=2, **registers(turned, 168),
+            BLOCK_N=block_n, num_warps=2, **options(turned, 168),
         )  # fmt: skip
         return partial
     block_j = 128 if turned.dtype == torch.float64 else 256
@@ -235,6 +235,6 @@ def _partial_sums(turned: Tensor, rotation: Tensor, rows: int, scales: tuple[flo
     # One warp, whose sums over columns need no shared memory.
     wide_direction_kernel[(groups * triton.cdiv(per_group, _ROWS), len(partial))](
         turned, rotation, partial, rows, per_group, columns, *scales, **constants,
-        ROWS=_ROWS, BLOCK_J=block_j, num_warps=1, **registers(turned, 168),
+        ROWS=_ROWS, BLOCK_J=block_j, num_warps=1, **options(turned, 168),
     )  # fmt: skip
     return partial

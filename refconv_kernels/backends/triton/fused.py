@@ -20,8 +20,8 @@ from refconv_kernels.backends.triton.launch import (
     constants,
     device_of,
     met_rows,
+    options,
     power_of_2,
-    registers,
     strides,
     strip_rows,
 )
@@ -161,7 +161,7 @@ def forward(
             triton.cdiv(x.shape[0] * triton.cdiv(size[0], rows) * size[1], _BLOCK_P), *strides(x), *strides(y),
             **constants(x, basis, y, stride, padding, dilation),
             MAP=refocus.shape[2], IDENTITY=identity, ROWS=rows, ACCUMULATOR=accumulator(x),
-            BLOCK_P=_BLOCK_P, BLOCK_L=_BLOCK_L, BLOCK_S=power_of_2(basis[0].numel()), **registers(x, 224),
+            BLOCK_P=_BLOCK_P, BLOCK_L=_BLOCK_L, BLOCK_S=power_of_2(basis[0].numel()), **options(x, 224),
         )  # fmt: skip
     return y, transformed
 
@@ -193,7 +193,7 @@ def backward(
             dy, x, transformed, basis, dx if need_input else None, grad_weight, grad_bias, grad_refocus,
             x.shape[0], group_size, triton.cdiv(x.shape[0] * triton.cdiv(x.shape[2], rows) * x.shape[3], _BLOCK_P),
             *strides(x), *strides(dy), **sizes, MAP=map_size, ROWS=rows, **met_rows(sizes, rows, basis.shape[2]),
-            BIAS_TAP=dbias_tap, ACCUMULATOR=accumulator(x), BLOCK_P=_BLOCK_P, BLOCK_L=_BLOCK_L, **registers(x, 224),
+            BIAS_TAP=dbias_tap, ACCUMULATOR=accumulator(x), BLOCK_P=_BLOCK_P, BLOCK_L=_BLOCK_L, **options(x, 224),
         )  # fmt: skip
         if need_bias and dbias_tap < 0:
             torch.sum(dy, (0, 2, 3), out=grad_bias)

@@ -33,14 +33,17 @@ def power_of_2(size: int) -> int:
     return triton.next_power_of_2(size)
 
 
-def registers(tensor: Tensor, most: int) -> dict[str, Any]:
-    """The option that lets a thread have so many registers, 255 (all) for float64.
+def options(tensor: Tensor, most: int | None = None) -> dict[str, Any]:
+    """How to compile a kernel over ``tensor``: multiply-adds, ``most`` registers for a thread (255, all, for float64).
 
-    Without it ptxas spills a few values to fit one more block on a multiprocessor.
+    Without a number of registers ptxas spills a few values to fit one more block on a multiprocessor.
     """
-    if INTERPRETED or torch.version.hip:
+    if INTERPRETED:
         return {}
-    return {"maxnreg": 255 if tensor.dtype == torch.float64 else most}
+    chosen: dict[str, Any] = {"enable_fp_fusion": True}  # Triton's default until 3.9, which warns that it will not be
+    if most is not None and not torch.version.hip:
+        chosen["maxnreg"] = 255 if tensor.dtype == torch.float64 else most
+    return chosen
 
 
 def strides(feature_map: Tensor) -> tuple[int, int, int]:

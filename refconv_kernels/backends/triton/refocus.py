@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refconv_kernels.backends.triton.launch import accumulator, device_of, power_of_2
+from refconv_kernels.backends.triton.launch import accumulator, device_of, options, power_of_2
 
 _WIDE_ROW = 64  # entries of W_r per 2-D kernel from which a row is worth a program
 _MOST_PIXELS = 64  # pixels of a 2-D kernel in one program
@@ -153,12 +153,15 @@ def forward(basis: Tensor, refocus: Tensor, identity: bool) -> Tensor:
             block_l = _TILE // (block_n * block_s)
             grid = (kernels // group_size * triton.cdiv(group_size, block_n), triton.cdiv(pixels, block_s))
             wide_forward_kernel[grid](
-                basis, refocus, transformed, group_size, **constants, BLOCK_N=block_n, BLOCK_L=block_l
-            )
+                basis, refocus, transformed, group_size, **constants,
+                BLOCK_N=block_n, BLOCK_L=block_l, **options(basis),
+            )  # fmt: skip
         else:
             block_n = 1024 // block_s
             grid = (triton.cdiv(kernels, block_n), triton.cdiv(pixels, block_s))
-            narrow_forward_kernel[grid](basis, refocus, transformed, kernels, group_size, **constants, BLOCK_N=block_n)
+            narrow_forward_kernel[grid](
+                basis, refocus, transformed, kernels, group_size, **constants, BLOCK_N=block_n, **options(basis)
+            )
     return transformed
 
 
@@ -178,13 +181,14 @@ def backward(grad_transformed: Tensor, basis: Tensor, group_size: int, map_size:
             block_n, block_l = min(power_of_2(group_size), 4), 256
             grid = (kernels // group_size * triton.cdiv(group_size, block_n), triton.cdiv(group_size * taps, block_l))
             wide_backward_kernel[grid](
-                grad_transformed, basis, grad_refocus, group_size, **constants, BLOCK_N=block_n, BLOCK_L=block_l
-            )
+                grad_transformed, basis, grad_refocus, group_size, **constants,
+                BLOCK_N=block_n, BLOCK_L=block_l, **options(basis),
+            )  # fmt: skip
         else:
             block_t = power_of_2(taps)
             block_n = 1024 // block_t
             narrow_backward_kernel[(triton.cdiv(kernels, block_n), group_size)](
                 grad_transformed, basis, grad_refocus, kernels, group_size, **constants,
-                BLOCK_N=block_n, BLOCK_T=block_t,
+                BLOCK_N=block_n, BLOCK_T=block_t, **options(basis),
             )  # fmt: skip
     return grad_refocus

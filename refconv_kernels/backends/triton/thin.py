@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refconv_kernels.backends.triton import depthwise
-from refconv_kernels.backends.triton.launch import accumulator, device_of, power_of_2
+from refconv_kernels.backends.triton.launch import accumulator, device_of, options, power_of_2
 
 MOST = 9  # taps, and rows of R, of a prologue: those of a 3x3 kernel, whose W_t stays in registers
 _MOST_SUMMED = 64  # taps and bias in a tile of the sum over chunks; beyond, dE is a launch of its own
@@ -102,7 +102,7 @@ def _product(left: Tensor, factor: Tensor, basis: Tensor | None, out: Tensor, fo
             left, factor, basis, out, kernels, kernels // factor.shape[0],
             *((pixels, 1) if forward else (1, pixels)), rank * pixels,
             INNER=inner, COLUMNS=columns, UNROLL=inner if 0 < inner <= 9 else 4, ACCUMULATOR=accumulator(out),
-            BLOCK_N=block_n, BLOCK_S=block_s,
+            BLOCK_N=block_n, BLOCK_S=block_s, **options(out),
         )  # fmt: skip
     return out
 
@@ -234,4 +234,5 @@ def _reduce(
             partial, factor, grad_coordinates, grad_weight, grad_bias, chunks, channels, channels // factor.shape[0],
             TAPS=taps, RANK=rank, ACCUMULATOR=accumulator(partial),
             BLOCK_K=max(1, _TILE // (block_t * block_c)), BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_C=block_c,
+            **options(partial),
         )  # fmt: skip
