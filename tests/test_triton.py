@@ -100,7 +100,8 @@ def test_unusual_geometry(case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case("tiles", 30, 30, (3, 3), 30, batch=19, height=7, width=7),  # 133 strips, two tiles; 270 entries of W_r
+        # 132 strips, two tiles; 275 entries of W_r in a row, two blocks.
+        Case("tiles", 11, 11, (3, 3), 11, batch=11, height=4, width=12, map_size=5),
         Case("stride", 3, 3, (3, 3), 3, stride=(2, 2), height=9, width=8),
         Case("stride_even", 3, 3, (3, 3), 3, stride=(2, 2), height=8, width=9),
         Case("map_5", 11, 11, (2, 3), 11, padding=(0, 1), map_size=5, bias=False),
