@@ -1,0 +1,155 @@
+"""The choice of backend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import refconv_kernels
+from refconv_kernels import functional, ops, use_backend
+from refconv_kernels.backends import cpu
+from tests.conftest import BACKENDS, needs_native
+
+
+def test_use_backend_nests_and_restores() -> None:
+    assert refconv_kernels.current_backend() == "auto"
+    with use_backend("reference"):
+        assert refconv_kernels.current_backend() == "reference"
+        with use_backend("auto"):
+            assert refconv_kernels.current_backend() == "auto"
+        assert refconv_kernels.current_backend() == "reference"
+    with pytest.raises(ZeroDivisionError), use_backend("reference"):
+        raise ZeroDivisionError
+    assert refconv_kernels.current_backend() == "auto"
+
+
+def test_unknown_and_unavailable_backends_raise_and_say_why() -> None:
+    with (
+        pytest.raises(ValueError, match=r"name \(='gpu'\) must be one of \('auto', 'reference', 'cpu'"),
+        use_backend("gpu"),
+    ):
+        pass
+    with (
+        pytest.raises(RuntimeError, match=r"name \(='cuda'\) cannot run here: no CUDA kernels"),
+        use_backend("cuda"),
+    ):
+        pass
+    assert refconv_kernels.current_backend() == "auto"
+
+
+@needs_native
+def test_a_named_backend_never_falls_back() -> None:
+    x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
+    with use_backend("cpu"):
+        with pytest.raises(
+            RuntimeError, match=r"'cpu' does not cover this grouped_conv2d: input has dtype torch.complex64"
+        ):
+            functional.conv2d(x.cfloat(), weight.cfloat(), groups=4)
+        with pytest.raises(RuntimeError, match="basis has dtype torch.complex64"):
+            functional.refocus_weight(weight.cfloat(), torch.zeros(4, 4, 3, 3).cfloat())
+        with pytest.raises(RuntimeError, match="basis is on meta, the kernel runs on cpu"):
+            functional.refocus_weight(weight.to("meta"), torch.zeros(4, 4, 3, 3, device="meta"))
+        functional.conv2d(x, torch.randn(3, 4, 3, 3))  # no groups: PyTorch's own on every backend
+
+
+@needs_native
+def test_auto_takes_the_native_kernel_and_reference_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def limits(*problem: object) -> str | None:
+        calls.append(problem)
+        return None
+
+    monkeypatch.setitem(
+        ops.KERNELS["grouped_conv2d"],
+        "cpu",
+        ops.Kernel(lambda *a: calls.append("forward") or a[0].clone(), lambda *a: None, limits, lambda *_: None),
+    )
+    x, weight = torch.randn(1, 4, 12, 12), torch.randn(4, 1, 3, 3)
+    functional.conv2d(x, weight, groups=4)
+    assert calls[-1] == "forward"
+    calls.clear()
+    with use_backend("reference"):
+        functional.conv2d(x, weight, groups=4)
+    functional.conv2d(x, torch.randn(4, 4, 3, 3))
+    assert calls == []
+
+
+def test_grouped_limits_name_what_is_not_covered() -> None:
+    x = torch.randn(1, 34, 5, 5)
+    few = "groups (=1): the kernel is for grouped and depthwise convolutions"
+    assert cpu.grouped_conv2d_limits(x, torch.randn(4, 34, 3, 3), 1, 3) == few
+    many = "in_channels / groups (=17), the kernel covers at most 16"
+    assert cpu.grouped_conv2d_limits(x, torch.randn(4, 17, 3, 3), 2, 3) == many
+    assert cpu.grouped_conv2d_limits(x, torch.randn(34, 2, 3, 3), 17, 3) is None
+    assert cpu.grouped_conv2d_limits(x, torch.randn(68, 1, 3, 3), 34, 3) is None
+    assert cpu.grouped_conv2d_slower(x, torch.randn(34, 2, 3, 3), 17, 3) is None
+    eight = "in_channels / groups (=8) is a multiple of 8: PyTorch's is faster"
+    assert cpu.grouped_conv2d_slower(x, torch.randn(4, 8, 3, 3), 4, 3) == eight
+    assert cpu.grouped_conv2d_slower(x.double(), torch.randn(4, 8, 3, 3).double(), 4, 3) is None
+    copied = "channels_last would be copied to NCHW and back: PyTorch's is faster"
+    last = torch.randn(2, 34, 5, 5).to(memory_format=torch.channels_last)
+    assert cpu.grouped_conv2d_slower(last, torch.randn(34, 2, 3, 3), 17, 5) == copied
+    assert cpu.grouped_conv2d_slower(last, torch.randn(68, 1, 3, 3), 34, 5) is None
+    halves = last.bfloat16(), torch.randn(34, 1, 3, 3).bfloat16(), 34
+    assert cpu.grouped_conv2d_slower(*halves, 5) == "bfloat16, channels_last, rows of 5: PyTorch's is faster"
+    assert cpu.grouped_conv2d_slower(*halves, 3) is None
+    with use_backend("cpu"):  # grouped, but not covered: PyTorch's on every backend
+        assert functional.conv2d(x, torch.randn(4, 17, 3, 3), groups=2).shape == (1, 4, 3, 3)
+
+
+@needs_native
+def test_auto_leaves_to_pytorch_what_pytorch_does_faster() -> None:
+    def dense(channels: int, size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        basis = torch.empty(channels, channels, size, size, dtype=dtype)
+        return basis, torch.empty(channels**2, 1, 3, 3, dtype=dtype)
+
+    groupwise = torch.empty(8, 4, 3, 3), torch.empty(32, 2, 3, 3)
+    assert ops.choose("refocus_weight", *groupwise) == "reference"
+    assert ops.choose("refocus_weight", *dense(4, 5)) == "reference"
+    assert ops.choose("refocus_weight", *dense(4, 3, torch.float64)) == "reference"
+    if cpu.native.instruction_set() == "avx512":
+        assert ops.choose("refocus_weight", *dense(4, 3)) == "cpu"
+    assert ops.choose("refocus_weight", torch.empty(8, 1, 3, 3), torch.empty(8, 8, 3, 3)) == "cpu"
+    with use_backend("cpu"):
+        assert ops.choose("refocus_weight", *groupwise) == "cpu"  # asked for by name
+    kernel = ops.KERNELS["refocus_weight"]["cpu"]
+    assert kernel.slower(*groupwise) == "refocus groups of 2 kernels: PyTorch's is faster"
+    x = torch.empty(1, 4, 7, 7)
+    assert ops.choose("grouped_conv2d", x, torch.empty(4, 1, 3, 3), 4, 7) == "cpu"
+    # Both steps in one call where both are ours, one by one where one is not.
+    assert (
+        ops.choose("refconv2d", torch.empty(1, 8, 7, 7), torch.empty(8, 1, 3, 3), torch.empty(8, 8, 3, 3), 8, 7)
+        == "cpu"
+    )
+    assert ops.choose("refconv2d", x, torch.empty(4, 1, 3, 3), torch.empty(4, 4, 3, 3), 4, 7) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("reference", "reference"),
+        ("", "auto"),
+        ("nonsense", "ValueError: REFCONV_BACKEND (='nonsense') must be one of"),
+    ],
+)
+def test_environment_variable(value: str, expected: str) -> None:
+    code = "import refconv_kernels; print(refconv_kernels.current_backend())"
+    env = {**os.environ, "REFCONV_BACKEND": value}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert expected in done.stdout + done.stderr
+
+
+def test_backward_uses_the_backend_of_the_forward() -> None:
+    x, weight = torch.randn(1, 4, 12, 12, requires_grad=True), torch.randn(4, 1, 3, 3)
+    y = functional.conv2d(x, weight, groups=4)
+    with use_backend("reference"):
+        name = y.grad_fn.name()
+        assert ("GroupedConv2d" in name) == ("cpu" in BACKENDS)
+        y.sum().backward()
+    assert x.grad is not None

@@ -1,0 +1,145 @@
+"""The native kernels: instruction sets, threads, and both steps in one call."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from refconv_kernels import functional, reference, use_backend
+from refconv_kernels.backends import cpu
+from tests.cases import CASES, DEPTHWISE, Case
+from tests.conftest import needs_native
+from tests.test_ops import check, run
+
+
+@pytest.fixture
+def _isa() -> Iterator[None]:
+    yield
+    cpu.native.set_instruction_set("auto")
+
+
+@needs_native
+@pytest.mark.usefixtures("_isa", "poisoned")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_instruction_set(case: Case) -> None:
+    assert cpu.native.instruction_sets()[-1] == "portable"
+    for name in cpu.native.instruction_sets():
+        cpu.native.set_instruction_set(name)
+        assert cpu.native.instruction_set() == name
+        check(case, "cpu", torch.float32)
+        check(case, "cpu", torch.float32, form="thin")
+        if case.in_channels == case.out_channels == case.groups:
+            check(case, "cpu", torch.float32, torch.channels_last)
+
+
+@needs_native
+@pytest.mark.usefixtures("_isa")
+def test_rows_take_the_instruction_set_whose_vectors_they_fill_best() -> None:
+    best, choose = cpu.native.instruction_set(), cpu.native.instruction_set_for_rows
+    if "avx512" in cpu.native.instruction_sets():
+        half = "avx512vl"
+        assert [choose(width, 4) for width in (7, 8, 9, 16, 56, 112)] == [half, half, best, best, half, best]
+        assert [choose(width, 8) for width in (3, 4, 5, 8)] == [half, half, best, best]
+    cpu.native.set_instruction_set("portable")
+    assert choose(7, 4) == "portable"
+    cpu.native.set_instruction_set("auto")
+    assert cpu.native.instruction_set() == best
+
+
+@needs_native
+def test_unknown_instruction_set() -> None:
+    with pytest.raises(
+        ValueError, match=r"instruction set \(='mmx'\) must be auto or one that this machine runs: .*portable"
+    ):
+        cpu.native.set_instruction_set("mmx")
+    code = "from refconv_kernels.backends import cpu; print(cpu.native.instruction_set())"
+    for name in cpu.native.instruction_sets():
+        env = {**os.environ, "REFCONV_CPU_ISA": name}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == name
+
+
+@needs_native
+def test_build_info() -> None:
+    info = cpu.native.build_info()
+    assert info["torch_abi_target"] == "2.11"
+    assert info["build_type"] == "Release"
+    assert info["compiler"]
+    assert info["torch_headers"]
+
+
+@needs_native
+@pytest.mark.parametrize("case", [Case("many_planes", 23, 23, (3, 3), 23, batch=5), *DEPTHWISE[:3]], ids=str)
+def test_results_do_not_depend_on_threads(case: Case) -> None:
+    x = case.input(torch.float32)
+    full, thin = case.tensors(torch.float32), case.thin_tensors(torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            with use_backend("cpu"):
+                results.append(run(case, [x, *full]) + run(case, [x, *thin]))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@needs_native
+def test_infinity_reaches_only_the_taps_that_see_it() -> None:
+    """0 * infinity must not leak from vector lanes past the end of a row."""
+    x, weight = torch.randn(1, 1, 5, 7), torch.randn(1, 1, 3, 3)
+    x[0, 0, 2, 6] = float("inf")
+    op = torch.ops.refconv_cpu.grouped_conv2d_backward.default
+    got = op(torch.ones(1, 1, 3, 5), x, weight, [1, 1], [0, 0], [1, 1], False, True, False)[1]
+    want = reference.conv2d_backward(
+        torch.ones(1, 1, 3, 5), x, weight, (1, 1), (0, 0), (1, 1), 1, (False, True, False)
+    )[1]
+    assert torch.equal(got.isinf(), want.isinf())
+    assert not got.isnan().any()
+
+
+@needs_native
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_one_call_gives_what_the_two_steps_give(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 8, 9, 9).contiguous(memory_format=layout).requires_grad_()
+    basis, refocus, bias = torch.randn(8, 1, 3, 3), torch.randn(8, 8, 3, 3, requires_grad=True), torch.randn(8)
+    problem = {"stride": (2, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 8}
+    one = functional.refconv2d(x, basis, refocus, bias, **problem)
+    two = functional.conv2d(x, functional.refocus_weight(basis, refocus), bias, **problem)
+    assert type(one.grad_fn).__name__ == "RefConv2dBackward"
+    assert torch.equal(one, two)
+    grad = torch.randn_like(one)
+    for a, b in zip(*(torch.autograd.grad(y, [x, refocus], grad) for y in (one, two)), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("width", "stride"), [(256, 1), (250, 2)])
+def test_outputs_written_around_the_cache(width: int, stride: int, layout: torch.memory_format) -> None:
+    """From 16 MB on; narrower ones are every other test."""
+    case = Case("large", 32, 32, (3, 3), 32, stride=(stride, stride), height=288, width=width)
+    assert case.input(torch.float32).nbytes >= 16 << 20
+    check(case, "cpu", torch.float32, layout)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_one_call_of_the_thin_form_gives_what_the_two_steps_give(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 8, 9, 9).contiguous(memory_format=layout).requires_grad_()
+    basis, coordinates, bias = torch.randn(8, 1, 3, 3), torch.randn(8, 9, requires_grad=True), torch.randn(8)
+    factor = functional.refocus_factor(basis, 8)
+    problem = {"stride": (2, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 8}
+    one = functional.thin_refconv2d(x, basis, coordinates, factor, bias, **problem)
+    two = functional.conv2d(x, functional.thin_refocus_weight(basis, coordinates, factor), bias, **problem)
+    assert type(one.grad_fn).__name__ == "ThinRefConv2dBackward"
+    assert torch.equal(one, two)
+    grad = torch.randn_like(one)
+    for a, b in zip(*(torch.autograd.grad(y, [x, coordinates], grad) for y in (one, two)), strict=True):
+        assert torch.equal(a, b)
