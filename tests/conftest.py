@@ -28,6 +28,18 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 needs_native = pytest.mark.skipif(UNAVAILABLE["cpu"] is not None, reason=f"native library: {UNAVAILABLE['cpu']}")
 
 
+#: A compiler's work of minutes.
+SLOW = (
+    "test_kernels_under_sanitizers",
+    "test_every_kernel_compiles_without_a_spill",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests first: one that starts last keeps one core busy while the others have nothing left to do."""
+    items.sort(key=lambda item: item.name.split("[")[0] not in SLOW)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
