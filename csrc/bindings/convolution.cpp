@@ -1,18 +1,21 @@
 // The feature-map convolution: tensors in, tensors out.
 #include <torch/headeronly/core/MemoryFormat.h>
 
+#include <algorithm>
+#include <memory>
+
 #include "operators.h"
 
 namespace refconv::bindings {
 namespace {
 
-// Independent parts of a sum over feature maps, where the tasks of a kernel are not the sums' owners.
-constexpr int64_t kSumChunks = 16;
-
 template <typename S>
 const refconv::cpu::GroupedKernels<S>& grouped_kernels(const GroupedProblem& p, bool nhwc) {
-  // What lies along a vector: channels, or columns of the output in both directions.
-  const int64_t width = nhwc || cpu::has_small_planes(p) ? p.channels : p.out_w;
+  // What lies along a vector: channels, or columns of the output in both directions. Wide planes of the 3x3 kernels
+  // gain more from wide vectors than they lose by lanes left idle.
+  const bool channels = nhwc || cpu::has_turned_planes(p);
+  if (!channels && cpu::has_planes_3x3(p) && p.out_w > 48) return cpu::instruction_set().kernels.grouped<S>();
+  const int64_t width = channels ? p.channels : p.out_w;
   return refconv::cpu::instruction_set_for_rows(width, sizeof(refconv::Compute<S>)).kernels.grouped<S>();
 }
 
@@ -98,28 +101,24 @@ Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::opti
 
 namespace {
 
+// Parts of the sums over channels_last maps, of 128 pixels or more. As many for any number of threads: the sums must
+// not depend on it.
+int64_t nhwc_chunks(const GroupedProblem& p) {
+  constexpr int64_t kMost = 64, kPixels = 128;
+  return std::clamp<int64_t>(p.batch * p.in_size() / kPixels, 1, std::clamp<int64_t>(p.batch * p.in_h, 1, kMost));
+}
+
 // dx, dW and dbias on channels_last feature maps. Null where not wanted.
 template <typename S>
 void nhwc_backward(const GroupedProblem& p, const S* dy, const S* x, const S* w, S* dx, S* dw, S* db) {
   const auto& kernels = grouped_kernels<S>(p, true);
-  const int64_t rows = p.batch * p.in_h, out_rows = p.batch * p.out_h, size = (p.taps() + 1) * p.channels;
-  // As many for any number of threads: the sums must not depend on it.
-  const int64_t chunks = std::min<int64_t>(rows, kSumChunks);
-  std::vector<double> totals(static_cast<size_t>(chunks * size));
-  parallel(chunks, 2 * rows / std::max<int64_t>(chunks, 1) * p.in_w * p.channels * p.taps(),
-           [&](int64_t begin, int64_t end) {
-             for (int64_t chunk = begin; chunk < end; ++chunk) {
-               double* sums = totals.data() + chunk * size;
-               if (dx != nullptr || dw != nullptr) {
-                 kernels.nhwc_backward(p, dy, x, w, dx, sums, rows * chunk / chunks, rows * (chunk + 1) / chunks);
-               }
-               if (db != nullptr) {
-                 kernels.nhwc_bias(p, dy, sums + p.taps() * p.channels, out_rows * chunk / chunks,
-                                   out_rows * (chunk + 1) / chunks);
-               }
-             }
-           });
-  kernels.nhwc_reduce(p, totals.data(), chunks, dw, db);
+  const int64_t chunks = nhwc_chunks(p);
+  const std::unique_ptr<double[]> totals(new double[static_cast<size_t>(chunks * (p.taps() + 1) * p.channels)]);
+  parallel(chunks, 2 * p.batch * p.in_size() / chunks * p.channels * p.taps(), [&](int64_t begin, int64_t end) {
+    kernels.nhwc_backward(p, dy, x, w, dx, totals.get(), chunks, dw != nullptr, db != nullptr, begin, end);
+  });
+  parallel(p.channels, chunks * (p.taps() + 1),
+           [&](int64_t begin, int64_t end) { kernels.nhwc_reduce(p, totals.get(), chunks, dw, db, begin, end); });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The kernels of one instruction set: declared here, defined in grouped_*.cpp, depthwise_nhwc.cpp, refocus.cpp,
+// The kernels of one instruction set: declared here, defined in grouped_*.cpp, depthwise_nhwc_*.cpp, refocus.cpp,
 // thin.cpp and folded_adam.cpp, collected into a Kernels table by table.cpp. All are compiled once per instruction set.
 #pragma once
 
@@ -20,13 +20,12 @@ void depthwise_nhwc_forward(const GroupedProblem& p, const S* x, const S* weight
 
 template <typename S>
 void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x,
-                             double* totals, int64_t begin, int64_t end);
+                             double* totals, int64_t chunks, bool need_weight, bool need_bias, int64_t begin,
+                             int64_t end);
 
 template <typename S>
-void depthwise_nhwc_bias(const GroupedProblem& p, const S* grad_y, double* totals, int64_t begin, int64_t end);
-
-template <typename S>
-void depthwise_nhwc_reduce(const GroupedProblem& p, const double* totals, int64_t chunks, S* grad_weight, S* grad_bias);
+void depthwise_nhwc_reduce(const GroupedProblem& p, double* totals, int64_t chunks, S* grad_weight, S* grad_bias,
+                           int64_t begin, int64_t end);
 
 template <typename T>
 void refocus_forward(const RefocusProblem& p, const T* basis, const T* refocus, T* transformed, int64_t begin,
@@ -54,12 +53,13 @@ void folded_adam(const FoldedAdamProblem& p, const T* first, const T* root, cons
 #define REFCONV_INSTANTIATE_GROUPED_BACKWARD(S) \
   template void grouped_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, S*, S*, int64_t, int64_t);
 
-#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC(S)                                                                         \
-  template void depthwise_nhwc_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t); \
+#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC_FORWARD(S) \
+  template void depthwise_nhwc_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);
+
+#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC_BACKWARD(S)                                                                \
   template void depthwise_nhwc_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, double*, int64_t, \
-                                           int64_t);                                                                  \
-  template void depthwise_nhwc_bias<S>(const GroupedProblem&, const S*, double*, int64_t, int64_t);                   \
-  template void depthwise_nhwc_reduce<S>(const GroupedProblem&, const double*, int64_t, S*, S*);
+                                           bool, bool, int64_t, int64_t);                                             \
+  template void depthwise_nhwc_reduce<S>(const GroupedProblem&, double*, int64_t, S*, S*, int64_t, int64_t);
 
 #define REFCONV_INSTANTIATE_REFOCUS(T)                                                               \
   template void refocus_forward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t); \

@@ -8,11 +8,13 @@
 // thousand terms.
 #include "elements.h"
 #include "entry_points.h"
+#include "exact_gradient.h"
 #include "grouped_plane.h"
+#include "planes_3x3.h"
 #include "scratch.h"
 #include "simd.h"
-#include "small_planes.h"
 #include "streaming.h"
+#include "turned_planes.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
@@ -20,87 +22,12 @@ namespace {
 constexpr int64_t kTotalsBytes = 32768;  // of running weight gradients per thread: the first cache
 constexpr int64_t kTermsInLanes = 1024;  // added up in one lane before they move on to a double
 
-// dW of one output channel by the definition. The fast passes multiply padding by zero instead of leaving it out, so
-// an infinite x makes NaN of taps that never see it; such a channel is computed again.
-template <typename S>
-void exact_weight_gradient(const GroupedProblem& p, const S* grad_y, const S* x, int64_t out_channel, int64_t channel,
-                           S* grad) {
-  for (int64_t a = 0; a < p.kernel_h; ++a) {
-    for (int64_t b = 0; b < p.kernel_w; ++b) {
-      double total = 0;
-      for (int64_t n = 0; n < p.batch; ++n) {
-        const S* source = x + (n * p.channels + channel) * p.in_size();
-        const S* dy = grad_y + (n * p.out_channels() + out_channel) * p.out_size();
-        for (int64_t i = 0; i < p.out_h; ++i) {
-          const int64_t h = i * p.stride_h - p.pad_h + a * p.dilation_h;
-          if (h < 0 || h >= p.in_h) continue;
-          for (int64_t j = 0; j < p.out_w; ++j) {
-            const int64_t w = j * p.stride_w - p.pad_w + b * p.dilation_w;
-            if (w < 0 || w >= p.in_w) continue;
-            total += static_cast<double>(load_one(dy + i * p.out_w + j)) * load_one(source + h * p.in_w + w);
-          }
-        }
-      }
-      store_one(grad + a * p.kernel_w + b, static_cast<Compute<S>>(total));
-    }
-  }
-}
-
-bool is_finite(double value) { return value - value == 0; }
-
-template <typename S>
-void backward_small(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
-                    S* grad_bias, int64_t begin, int64_t end) {
+// The planes of channels `begin` to `end` - 1, each by `backward`, a Backward or Backward3x3.
+template <typename S, typename PlaneBackward>
+void backward_planes(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
+                     S* grad_bias, int64_t begin, int64_t end, PlaneBackward& backward) {
   using T = Compute<S>;
   constexpr int64_t kLane = kLanes<T>;
-  const bool streamed =
-      grad_x != nullptr && streams(p.batch * p.channels * p.in_size() * static_cast<int64_t>(sizeof(S)));
-  SmallPlanes<S> planes(p);
-  Scratch<S> out(streamed ? kLane * p.in_size() : 0);
-  Scratch<Vec<T>> lanes(kSmallTaps + 1);
-  Scratch<double> total((kSmallTaps + 1) * kLane);
-  for (int64_t count; begin < end; begin += count) {
-    count = least(kLane, end - begin);
-    planes.take_weight(weight + begin * p.taps(), count);
-    total.clear();
-    int64_t terms = 0;
-    for (int64_t n = 0; n < p.batch; ++n) {
-      const int64_t plane = n * p.channels + begin;
-      S* target = grad_x != nullptr ? grad_x + plane * p.in_size() : nullptr;
-      planes.backward(grad_y + plane * p.out_size(), x + plane * p.in_size(), streamed ? out.data() : target, count,
-                      lanes.data());
-      if (streamed) stream(target, out.data(), count * p.in_size());
-      terms += p.out_size();
-      if (terms < kTermsInLanes && n + 1 < p.batch) continue;
-      terms = 0;
-      for (int64_t k = 0; k < (kSmallTaps + 1) * kLane; ++k)
-        total[k] += static_cast<double>(lanes[k / kLane][k % kLane]);
-      lanes.clear();
-    }
-    for (int64_t r = 0; r < count; ++r) {
-      if (grad_bias != nullptr) store_one(grad_bias + begin + r, static_cast<T>(total[kSmallTaps * kLane + r]));
-      if (grad_weight == nullptr) continue;
-      S* to = grad_weight + (begin + r) * kSmallTaps;
-      bool finite = true;
-      for (int64_t t = 0; t < kSmallTaps; ++t) {
-        finite = finite && is_finite(total[t * kLane + r]);
-        store_one(to + t, static_cast<T>(total[t * kLane + r]));
-      }
-      if (!finite) exact_weight_gradient(p, grad_y, x, begin + r, begin + r, to);
-    }
-  }
-  if (streamed) end_streams();
-}
-
-}  // namespace
-
-template <typename S>
-void grouped_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
-                      S* grad_bias, int64_t begin, int64_t end) {
-  using T = Compute<S>;
-  constexpr int64_t kLane = kLanes<T>;
-  if (has_small_planes(p)) return backward_small(p, grad_y, x, weight, grad_x, grad_weight, grad_bias, begin, end);
-  Backward<S> backward(p);
   // A block of channels at a time: the planes of neighbouring channels lie side by side in memory, those of one
   // channel do not. Per output channel: its taps, then its bias.
   const int64_t totals = (p.taps() + 1) * kLane, per_channel = p.multiplier * totals;
@@ -150,6 +77,20 @@ void grouped_backward(const GroupedProblem& p, const S* grad_y, const S* x, cons
     }
   }
   end_streams();
+}
+
+}  // namespace
+
+template <typename S>
+void grouped_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
+                      S* grad_bias, int64_t begin, int64_t end) {
+  if (has_turned_planes(p)) return turned_backward(p, grad_y, x, weight, grad_x, grad_weight, grad_bias, begin, end);
+  if (kVectorRegisters == 32 && has_planes_3x3(p)) {
+    Backward3x3<S> backward(p, grad_x);
+    return backward_planes(p, grad_y, x, weight, grad_x, grad_weight, grad_bias, begin, end, backward);
+  }
+  Backward<S> backward(p);
+  backward_planes(p, grad_y, x, weight, grad_x, grad_weight, grad_bias, begin, end, backward);
 }
 
 REFCONV_INSTANTIATE_GROUPED_BACKWARD(float)

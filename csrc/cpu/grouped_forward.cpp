@@ -10,10 +10,11 @@
 // serve several outputs.
 #include "elements.h"
 #include "entry_points.h"
+#include "planes_3x3.h"
 #include "scratch.h"
 #include "simd.h"
-#include "small_planes.h"
 #include "streaming.h"
+#include "turned_planes.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
@@ -222,32 +223,14 @@ auto correlation(const GroupedProblem& p) {
   return correlate_any<S>;
 }
 
-template <typename S>
-void forward_small(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
-                   int64_t end) {
-  constexpr int64_t kLane = kLanes<Compute<S>>;
-  const bool streamed = streams(p.batch * p.channels * p.out_size() * static_cast<int64_t>(sizeof(S)));
-  SmallPlanes<S> planes(p);
-  Scratch<S> out(streamed ? kLane * p.out_size() : 0);
-  while (begin < end) {
-    const int64_t channel = begin % p.channels, count = least(kLane, least(end - begin, p.channels - channel));
-    planes.take_weight(weight + channel * p.taps(), count);
-    S* target = y + begin * p.out_size();
-    S* to = streamed ? out.data() : target;
-    planes.forward(x + begin * p.in_size(), bias != nullptr ? bias + channel : nullptr, to, count);
-    if (streamed) stream(target, to, count * p.out_size());
-    begin += count;
-  }
-  if (streamed) end_streams();
-}
-
 }  // namespace
 
 template <typename S>
 void grouped_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                      int64_t end) {
   using T = Compute<S>;
-  if (has_small_planes(p)) return forward_small(p, x, weight, bias, y, begin, end);
+  if (has_turned_planes(p)) return turned_forward(p, x, weight, bias, y, begin, end);
+  if (has_planes_3x3(p)) return forward_3x3(p, x, weight, bias, y, begin, end);
   const Plane plane = Plane::of<T>(p);
   const auto run = p.per_group == 1 ? correlation<S, false>(p) : correlation<S, true>(p);
   const bool streamed = streams(p.batch * p.out_channels() * p.out_size() * static_cast<int64_t>(sizeof(S)));

@@ -26,13 +26,13 @@ struct GroupedKernels {
   // Tasks: the batch * out_h output rows.
   void (*nhwc_forward)(const GroupedProblem&, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                        int64_t end);
-  // Tasks: the batch * in_h input rows. grad_x may be null. Adds dW to totals [taps, channels].
+  // Tasks: `chunks` parts of the sums. grad_x may be null. Sets totals [chunks, taps + 1, channels]: the sums of dW
+  // and, at last, of dbias, zero where not needed. They depend on `chunks`, so that must not depend on the threads.
   void (*nhwc_backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
-                        int64_t begin, int64_t end);
-  // Tasks: the batch * out_h output rows. Adds dbias to totals [channels].
-  void (*nhwc_bias)(const GroupedProblem&, const S* grad_y, double* totals, int64_t begin, int64_t end);
-  // The sums over totals [chunks, taps + 1, channels], of which the last of taps + 1 is dbias. Either may be null.
-  void (*nhwc_reduce)(const GroupedProblem&, const double* totals, int64_t chunks, S* grad_weight, S* grad_bias);
+                        int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end);
+  // Tasks: the channels. Adds up the chunks of totals, in the first of them. Either output may be null.
+  void (*nhwc_reduce)(const GroupedProblem&, double* totals, int64_t chunks, S* grad_weight, S* grad_bias,
+                      int64_t begin, int64_t end);
 };
 
 template <typename T>
@@ -96,11 +96,17 @@ template <> inline FoldedAdamKernel<float> Kernels::folded_adam() const { return
 template <> inline FoldedAdamKernel<double> Kernels::folded_adam() const { return folded_adam_f64; }
 // clang-format on
 
-// Whether NCHW planes are so small that a block of channels is turned into the lanes of vectors (small_planes.h).
-[[maybe_unused]] static bool has_small_planes(const GroupedProblem& p) {
-  constexpr int64_t kMost = 256;  // pixels of x and y: the vectors of a block of channels stay in the first cache
-  return p.per_group == 1 && p.multiplier == 1 && p.kernel_h == 3 && p.kernel_w == 3 &&
-         p.in_size() + p.out_size() <= kMost && p.dilation_h <= kMost && p.dilation_w <= kMost;
+// Whether NCHW planes have the 3x3 kernels of planes_3x3.h.
+[[maybe_unused]] static bool has_planes_3x3(const GroupedProblem& p) {
+  constexpr int64_t kNarrow = 6;  // rows of y up to here leave too many lanes idle
+  return p.per_group == 1 && p.multiplier == 1 && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == p.stride_w &&
+         p.stride_h <= 2 && p.pad_h == 1 && p.pad_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 && p.out_w > kNarrow;
+}
+
+// Whether planes are so small that a block of channels is turned into the lanes of vectors (turned_planes.cpp).
+[[maybe_unused]] static bool has_turned_planes(const GroupedProblem& p) {
+  constexpr int64_t kMost = 400;  // pixels of x and y: the turned maps of a block of channels stay near the first cache
+  return p.per_group == 1 && p.multiplier == 1 && p.in_size() + p.out_size() <= kMost && !has_planes_3x3(p);
 }
 
 struct InstructionSet {

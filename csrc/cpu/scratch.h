@@ -8,7 +8,6 @@
 #include "simd.h"
 
 namespace refconv::cpu::REFCONV_ISA {
-namespace {
 
 // Zero-initialised, vector-aligned, owned by one thread for one call.
 template <typename T>
@@ -33,5 +32,4 @@ class Scratch {
   T* data_;
 };
 
-}  // namespace
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -36,11 +36,13 @@ struct Expected {
         dx(p.batch * p.channels * p.in_size()),
         dw(p.out_channels() * p.per_group * p.taps()),
         db(p.out_channels()) {
+    std::vector<long double> sums(dw.size());  // so many terms that a double would be no better than what is tested
     for_each_term(p, [&](int64_t o, int64_t i, int64_t t) {
       y[o] += value(w[t]) * value(x[i]);
       dx[i] += value(w[t]) * value(grad[o]);
-      dw[t] += value(x[i]) * value(grad[o]);
+      sums[t] += value(x[i]) * value(grad[o]);
     });
+    dw.assign(sums.begin(), sums.end());
     y_biased = y;
     for (size_t o = 0; o < y.size(); ++o) {
       const int64_t channel = static_cast<int64_t>(o) / p.out_size() % p.out_channels();
@@ -115,7 +117,7 @@ void test_nhwc(const refconv::cpu::GroupedKernels<T>& kernels, const std::string
                            std::to_string(p.kernel_h) + "x" + std::to_string(p.kernel_w) + " s" +
                            std::to_string(p.stride_h) + std::to_string(p.stride_w) + " " + std::to_string(p.in_h) +
                            "x" + std::to_string(p.in_w);
-  const int64_t out_rows = p.batch * p.out_h, rows = p.batch * p.in_h;
+  const int64_t out_rows = p.batch * p.out_h;
   Buffer<T> got = poisoned_buffer<T>(y_size);
   kernels.nhwc_forward(p, x_last.get(), w.get(), bias.get(), got.get(), 0, out_rows / 3);
   kernels.nhwc_forward(p, x_last.get(), w.get(), bias.get(), got.get(), out_rows / 3, out_rows);
@@ -123,17 +125,16 @@ void test_nhwc(const refconv::cpu::GroupedKernels<T>& kernels, const std::string
 
   const int64_t chunks = 3, totals_size = (p.taps() + 1) * p.channels;
   for (const bool wanted : {true, false}) {
-    std::vector<double> totals(chunks * totals_size);
+    Buffer<double> totals = poisoned_buffer<double>(chunks * totals_size);
     got = poisoned_buffer<T>(x_size);
     for (int64_t k = 0; k < chunks; ++k) {
-      double* sums = totals.data() + k * totals_size;
-      kernels.nhwc_backward(p, dy_last.get(), x_last.get(), w.get(), wanted ? got.get() : nullptr, sums,
-                            rows * k / chunks, rows * (k + 1) / chunks);
-      kernels.nhwc_bias(p, dy_last.get(), sums + p.taps() * p.channels, out_rows * k / chunks,
-                        out_rows * (k + 1) / chunks);
+      kernels.nhwc_backward(p, dy_last.get(), x_last.get(), w.get(), wanted ? got.get() : nullptr, totals.get(), chunks,
+                            true, wanted, k, k + 1);
     }
     Buffer<T> got_dw = poisoned_buffer<T>(p.channels * p.taps()), got_db = poisoned_buffer<T>(p.channels);
-    kernels.nhwc_reduce(p, totals.data(), chunks, got_dw.get(), wanted ? got_db.get() : nullptr);
+    for (const auto& [begin, end] : {std::pair{int64_t{0}, p.channels / 2}, std::pair{p.channels / 2, p.channels}}) {
+      kernels.nhwc_reduce(p, totals.get(), chunks, got_dw.get(), wanted ? got_db.get() : nullptr, begin, end);
+    }
     if (wanted) expect_close("dx " + name, got.get(), want_dx, p.taps());
     expect_close("dW " + name, got_dw.get(), want.dw, p.batch * p.out_size());
     if (wanted) expect_close("dbias " + name, got_db.get(), want.db, p.batch * p.out_size());
@@ -163,21 +164,29 @@ void test_grouped_all(const refconv::cpu::InstructionSet& set) {
   const std::string isa = set.name;
   // Widths straddle one and two vectors of every instruction set (2 to 16 lanes).
   for (const int64_t width : {1, 2, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 31, 32, 33}) {
+    const int64_t tall = 6 + 200 / width;  // too many pixels for turned_planes.cpp
     for (const int64_t kernel : {1, 2, 3, 5, 7}) {
-      test_grouped(kernels, isa, depthwise(3, 1, 6, width, kernel, kernel, 1, 1, kernel / 2, kernel / 2, 1, 1));
+      const int64_t pad = kernel / 2;
+      test_grouped(kernels, isa, depthwise(3, 1, 6, width, kernel, kernel, 1, 1, pad, pad, 1, 1));
+      test_grouped(kernels, isa, depthwise(2, 1, tall, width, kernel, kernel, 1, 1, pad, pad, 1, 1));
     }
     for (const int64_t kernel : {3, 5, 7}) {
-      test_grouped(kernels, isa, depthwise(2, 1, 9, width, kernel, kernel, 2, 2, kernel / 2, kernel / 2, 1, 1));
+      const int64_t pad = kernel / 2;
+      test_grouped(kernels, isa, depthwise(2, 1, 9, width, kernel, kernel, 2, 2, pad, pad, 1, 1));
+      test_grouped(kernels, isa, depthwise(1, 1, 2 * tall, width, kernel, kernel, 2, 2, pad, pad, 1, 1));
     }
     test_grouped(kernels, isa, depthwise(2, 2, 5, width, 3, 3, 1, 1, 1, 1, 1, 1));
-    for (const int64_t stride : {1, 2}) {  // too many pixels for small_planes.h
-      test_grouped(kernels, isa, depthwise(2, 1, 60, width, 3, 3, stride, stride, 1, 1, 1, 1));
+    for (const int64_t stride : {1, 2}) {  // 3x3, but not planes_3x3.h
+      test_grouped(kernels, isa, depthwise(1, 1, 2 * tall, width, 3, 3, stride, stride, 2, 2, 2, 2));
     }
     test_grouped(kernels, isa, depthwise(2, 1, 7, width, 3, 5, 2, 1, 0, 4, 2, 2));
   }
-  for (const int64_t channels : {1, 2, 7, 8, 9, 15, 16, 17, 35}) {  // straddle the blocks of small_planes.h
-    test_grouped(kernels, isa, depthwise(channels, 1, 7, 7, 3, 3, 1, 1, 1, 1, 1, 1));
+  for (const int64_t channels : {1, 2, 7, 8, 9, 15, 16, 17, 35}) {  // straddle the blocks of turned_planes.cpp
+    test_grouped(kernels, isa, depthwise(channels, 1, 7, 6, 3, 3, 1, 1, 1, 1, 1, 1));
     test_grouped(kernels, isa, depthwise(channels, 1, 9, 8, 3, 3, 2, 2, 1, 1, 1, 1));
+    test_grouped(kernels, isa, depthwise(channels, 1, 5, 7, 5, 5, 1, 1, 2, 2, 1, 1));
+    test_grouped(kernels, isa, depthwise(channels, 1, 20, 6, 3, 3, 1, 1, 1, 1, 1, 1));
+    test_grouped(kernels, isa, depthwise(channels, 1, 40, 6, 3, 3, 2, 2, 1, 1, 1, 1));
     test_grouped(kernels, isa, depthwise(channels, 1, 2, 1, 3, 3, 1, 1, 1, 1, 1, 1));
     test_grouped(kernels, isa, depthwise(channels, 1, 5, 6, 3, 3, 3, 4, 3, 0, 2, 1));
     test_grouped(kernels, isa, depthwise(channels, 1, 6, 5, 3, 3, 1, 1, 5, 6, 3, 2));
@@ -213,6 +222,14 @@ void test_nhwc_all(const refconv::cpu::InstructionSet& set) {
     test_nhwc(kernels, isa, depthwise(channels, 1, 6, 11, 3, 3, 1, 1, 1, 1, 1, 1));
     test_nhwc(kernels, isa, depthwise(channels, 1, 9, 10, 3, 3, 2, 2, 1, 1, 1, 1));
   }
+  for (const int64_t size : {1, 2, 3, 4, 5, 6}) {  // rows without and with edges
+    for (const int64_t other : {3, 4, 7}) {
+      for (const int64_t stride : {1, 2}) {
+        test_nhwc(kernels, isa, depthwise(17, 1, size, other, 3, 3, stride, stride, 1, 0, 1, 1));
+        test_nhwc(kernels, isa, depthwise(17, 1, other, size, 3, 3, stride, stride, 0, 1, 1, 1));
+      }
+    }
+  }
   for (const int64_t width : {1, 3, 4, 5, 7, 8, 9, 16, 17, 27}) {  // straddle the pixels at once
     for (const int64_t kernel : {1, 2, 5, 7}) {
       test_nhwc(kernels, isa, depthwise(5, 1, 6, width, kernel, kernel, 1, 1, kernel / 2, kernel / 2, 1, 1));
@@ -230,9 +247,9 @@ void test_nhwc_all(const refconv::cpu::InstructionSet& set) {
 // Outputs large enough to be written around the cache.
 void test_large(const refconv::cpu::InstructionSet& set) {
   const auto& kernels = set.kernels.grouped<float>();
-  test_grouped(kernels, set.name, depthwise(4, 1, 512, 1040, 3, 3, 1, 1, 1, 1, 1, 1));
-  test_grouped(kernels, set.name, depthwise(4, 1, 512, 1033, 3, 3, 2, 2, 1, 1, 1, 1));
-  test_grouped(kernels, set.name, depthwise(42801, 1, 7, 7, 3, 3, 1, 1, 1, 1, 1, 1));
+  test_grouped(kernels, set.name, depthwise(4, 1, 512, 1033, 3, 3, 1, 1, 1, 1, 1, 1));
+  test_grouped(kernels, set.name, depthwise(4, 1, 512, 1040, 3, 3, 2, 2, 1, 1, 1, 1));  // whole lines
+  test_grouped(kernels, set.name, depthwise(42801, 1, 7, 7, 2, 2, 1, 1, 1, 1, 1, 1));
   test_nhwc(kernels, set.name, depthwise(32, 1, 256, 260, 3, 3, 1, 1, 1, 1, 1, 1));
 }
 
