@@ -25,6 +25,17 @@ _INDEX_LIMIT = 2**31  # within one image, and for the pixels of a batch, indices
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _switch(name: str) -> bool:
+    value = os.environ.get(name) or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{name} (={value!r}) must be 0 or 1")
+    return value == "1"
+
+
+#: Whether depthwise launches are measured and the fastest configuration is taken (:mod:`.tuning`).
+AUTOTUNE = _switch("REFCONV_AUTOTUNE")
+
+
 def unavailable() -> str | None:
     """Why the Triton kernels cannot be used, in one line; None when they can."""
     if util.find_spec("triton") is None:
