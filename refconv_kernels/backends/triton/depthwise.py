@@ -79,7 +79,9 @@ def forward(
         tiles = _tiles(y, rows, block_p)
         each = max(1, min(_FORWARD_TILES, tiles * triton.cdiv(y.shape[1], block_c) // _FORWARD_PROGRAMS))
         each = max(1, min(int(each / spread), tiles))
-        registers = 80 if block_c == 1 else 128 if warps > 2 else 255  # ptxas spills otherwise
+        registers = 80 if block_c == 1 else 128
+        if block_c > 1 and (warps == 2 or (other and held > 40)):
+            registers = 255  # ptxas spills otherwise
         return Configuration(rows, block_p, block_c, each, unrolled, registers, warps)
 
     def launch(chosen: Configuration) -> None:

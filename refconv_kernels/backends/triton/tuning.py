@@ -102,12 +102,12 @@ def choose(
         kept = _read(path).get(repr(problem))
         # Of what a file says only candidates count: whoever wrote it, the launch is valid.
         chosen = _known.get(key) or next((one for one in candidates if list(one) == kept), None)
-        if chosen is None:
-            if capturing(device) or len(_known) >= MOST_PROBLEMS:
-                return candidates[0]
+        if chosen is None and capturing(device):
+            return candidates[0]
+        if chosen is None and len(_known) < MOST_PROBLEMS:
             chosen = _known[key] = _fastest(candidates, launch)
-            _write(path, {repr(known): list(one) for (name, known), one in _known.items() if name == key[0]})
-        _known[key] = chosen
+            _write(path, {repr(problem): list(one) for (name, problem), one in _known.items() if name == key[0]})
+        chosen = _known[key] = chosen or candidates[0]
     return chosen
 
 
