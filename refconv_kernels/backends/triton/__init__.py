@@ -1,8 +1,8 @@
 """The Triton GPU backend (NVIDIA and AMD): which problems its kernels cover, and the operators over them.
 
-The kernels are in :mod:`.depthwise_kernels` (over :mod:`.depthwise_tiles`), :mod:`.refocus`, :mod:`.fused`,
-:mod:`.thin` and :mod:`.folded_adam`; Triton is imported when one is first launched. With ``TRITON_INTERPRET=1`` in the
-environment, Triton's interpreter runs them on tensors in main memory, slowly, for tests.
+The kernels are in :mod:`.depthwise_kernels` (over :mod:`.depthwise_tiles`), :mod:`.reduction`, :mod:`.refocus`,
+:mod:`.fused`, :mod:`.thin` and :mod:`.folded_adam`; Triton is imported when one is first launched. With
+``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs them on tensors in main memory, slowly, for tests.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from refconv_kernels.backends.triton.launch import (
     strip_rows,
     words,
 )
+from refconv_kernels.backends.triton.reduction import reduce
 from refconv_kernels.backends.triton.tuning import Configuration
 from refconv_kernels.geometry import output_format, output_size
 
@@ -119,11 +120,7 @@ def backward(
     geometry = stride, padding, dilation
     dx, partial, summed = partial_sums(grad_output, input, weight, *geometry, need_input, need_weight, need_bias)
     if partial is not None:
-        with device_of(input):
-            totals = partial.sum(0)
-            grad_weight.copy_(totals[: weight[0].numel()].t().reshape(weight.shape))
-            if summed:
-                grad_bias.copy_(totals[-1])
+        reduce(partial, weight[0].numel(), grad_weight, grad_bias if summed else None)
     elif need_weight:
         grad_weight.zero_()
     if need_bias and not summed:
@@ -196,8 +193,11 @@ def partial_sums(
         chosen = rule()
         if tuning.timer is not None:
             problem = _problem("backward", x, weight, sizes, nchw, prologue, fused and need_input, dbias_tap >= 0)
-            # More programs leave more to add up, which is part of the time.
-            chosen = tuning.choose(problem, x.device, rule, lambda one: launch(one).sum(0))
+            chosen = tuning.choose(
+                problem, x.device, rule,
+                # More programs leave more to add up, which is part of the time.
+                lambda one: reduce(launch(one), taps, torch.empty_like(weight), None),
+            )  # fmt: skip
         partial = launch(chosen)
     return dx, partial, dbias_tap >= 0
 
