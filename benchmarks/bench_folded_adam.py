@@ -29,31 +29,31 @@ MEASURED: dict[str, list[Layer]] = {
 }
 
 
-def _layer(layer: Layer, dtype: torch.dtype) -> RefConv2d:
+def _layer(layer: Layer, dtype: torch.dtype, device: str) -> RefConv2d:
     conv = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, groups=layer.groups, dtype=dtype)
-    return RefConv2d.from_conv(conv, form="thin", init="zeros")
+    return RefConv2d.from_conv(conv.to(device), form="thin", init="zeros")
 
 
 def _adamw(weights: list[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(weights, weight_decay=0.1, fused=True)
+    return torch.optim.AdamW(weights, weight_decay=0.1, fused=True, capturable=weights[0].is_cuda)
 
 
 def _folded(layers: list[RefConv2d]) -> FoldedAdamW:
     return FoldedAdamW([layer.transform.weight for layer in layers], nn.ModuleList(layers), weight_decay=0.1)
 
 
-def _require_same(shape: Layer, dtype: torch.dtype) -> None:
+def _require_same(shape: Layer, dtype: torch.dtype, device: str) -> None:
     """Raise AssertionError unless ``W_t`` after some steps is that of AdamW on ``W_r`` in float64.
 
     Half of the digits of the largest change must agree, as a different optimizer agrees in none: in float32 the first
     step divides sums that cancel by sums that cancel, so its errors are far above one rounding (docs/numerics.md).
     """
-    layer = _layer(shape, dtype)
+    layer = _layer(shape, dtype, device)
     coordinates, ours = layer.transform.weight, _folded([layer])
-    rotation, factor = (matrices[0] for matrices in thin.decompose(layer.basis_weight, layer.groups, 3))
-    full = torch.zeros(len(coordinates), len(rotation), dtype=torch.float64)
+    rotation, factor = (matrices[0].to(device) for matrices in thin.decompose(layer.basis_weight, layer.groups, 3))
+    full = torch.zeros(len(coordinates), len(rotation), dtype=torch.float64, device=device)
     theirs = _adamw([full])
-    mean = 0.3 * torch.randn(len(coordinates), factor.shape[1], dtype=torch.float64)
+    mean = 0.3 * torch.randn(len(coordinates), factor.shape[1], dtype=torch.float64, device=device)
     for _ in range(CHECKED_STEPS):
         gradient = (mean + torch.randn_like(mean)) @ factor.T
         coordinates.grad, full.grad = gradient.to(dtype), gradient @ rotation.T
@@ -67,17 +67,18 @@ def _require_same(shape: Layer, dtype: torch.dtype) -> None:
         )
 
 
-class _Case:
-    """The optimizers of some layers, with gradients, after a first step."""
+class Case:
+    """The optimizers of some layers, with gradients, after a first step that was checked."""
 
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, dtype: torch.dtype, device: str = "cpu") -> None:
         torch.manual_seed(0)
         for layer in {layer.weight_label: layer for layer in MEASURED[name]}.values():
-            _require_same(layer, dtype)
+            _require_same(layer, dtype, device)
         shapes = [layer for layer in MEASURED[name] for _ in range(layer.count if name == NETWORK else 1)]
-        layers = [_layer(layer, dtype) for layer in shapes]
+        layers = [_layer(layer, dtype, device) for layer in shapes]
         coordinates = [layer.transform.weight for layer in layers]
-        weights = [torch.zeros(layer.out_channels, layer.groups, 3, 3, dtype=dtype) for layer in shapes]
+        factory: dict[str, Any] = {"dtype": dtype, "device": device}
+        weights = [torch.zeros(layer.out_channels, layer.groups, 3, 3, **factory) for layer in shapes]
         for parameter in (*coordinates, *weights):
             parameter.grad = 0.01 * torch.randn_like(parameter)
         self.layers, self.weights = layers, weights
@@ -113,7 +114,7 @@ class _Case:
 
 
 # The formulations of one measurement follow each other.
-_case = functools.lru_cache(maxsize=1)(_Case)
+_case = functools.lru_cache(maxsize=1)(Case)
 
 
 @pytest.mark.parametrize("formulation", ["adamw", "ours"])

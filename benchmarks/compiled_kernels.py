@@ -1,9 +1,10 @@
 """What the Triton kernels compile to, without a GPU: registers, spills, shared memory, instructions.
 
-    python -m benchmarks.compiled_kernels [TARGET ...] [--quick]
+    python -m benchmarks.compiled_kernels [TARGET ...] [--quick] [--alternatives]
 
 Targets: sm_80, sm_90, sm_100, gfx942; all by default. Each kernel is compiled as the library would launch it for a list
-of layers, in every dtype and layout. A spill or a kernel that does not compile makes the exit status 1.
+of layers, in every dtype and layout; on demand also in all configurations among which autotuning chooses. A spill or a
+kernel that does not compile makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from refconv_kernels.backends.triton import depthwise, folded_adam, fused, refocus, thin
+from refconv_kernels.backends.triton import depthwise, folded_adam, fused, refocus, thin, tuning
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -155,27 +156,40 @@ def problems(quick: bool, turn: int = 0) -> Iterator[tuple[str, Callable[[], Any
             yield name, partial(folded_adam.folded_adam, first, root, first, rotation, 0.999, 1.0, 1.0, 1e-8)
 
 
-def compile_for(target: str, quick: bool = False) -> Iterator[Compiled]:
-    """Every kernel that the problems launch, compiled for ``target``."""
+def compile_for(target: str, quick: bool = False, alternatives: bool = False) -> Iterator[Compiled]:
+    """Every kernel that the problems launch, or could with autotuning, compiled for ``target``."""
     driver.set_active(_Target(TARGETS[target], list(TARGETS).index(target)))
     found: dict[int, tuple[str, str, Any]] = {}
-    problem = ""
+    problem = how = ""
 
     def compile_only(kernel: JITFunction, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
             if TARGETS[target].backend != "cuda":
                 options.pop("maxnreg", None)  # as the library does on such a device
             compiled = kernel.run(*args, grid=grid, warmup=True, **options)
-            found.setdefault(id(compiled), (kernel.fn.__name__, problem, compiled))
+            found.setdefault(id(compiled), (kernel.fn.__name__, problem + how, compiled))
 
         return launch
 
+    def launch_all(_problem: Any, _device: Any, rule: tuning.Rule, launch: Callable[..., Any]) -> tuning.Configuration:
+        nonlocal how
+        default, *others = tuning.alternatives(rule)
+        for one in others:
+            how = f" {one.rows} rows, {one.block_p}x{one.block_c}, {one.warps} warps"
+            launch(one)
+        how = ""
+        return default
+
     launch_as_usual, JITFunction.__getitem__ = JITFunction.__getitem__, compile_only
+    usual = tuning.choose, tuning.timer
+    if alternatives:
+        tuning.choose, tuning.timer = launch_all, lambda _: 0.0
     try:
         for problem, call in problems(quick, list(TARGETS).index(target)):  # noqa: B007 (read by compile_only)
             call()
     finally:
         JITFunction.__getitem__ = launch_as_usual
+        tuning.choose, tuning.timer = usual
     for kernel, problem, compiled in found.values():
         yield Compiled(kernel, problem, *_resources(compiled.asm, count=not quick))
 
@@ -209,6 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_kernels", description=__doc__.split("\n")[0])
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="a few layers and dtypes, without counting instructions")
+    parser.add_argument("--alternatives", action="store_true", help="what autotuning chooses among, too")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.targets if name not in TARGETS]
     if unknown:
@@ -217,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"triton {triton.__version__}, torch {torch.__version__}")
     for target in options.targets or TARGETS:
         print(f"\n{target}\n{'kernel':24} {'problem':44} registers spilled shared instructions")
-        for one in compile_for(target, options.quick):
+        for one in compile_for(target, options.quick, options.alternatives):
             spills += one.spilled > 0
             counted = "-" if one.instructions is None else one.instructions
             figures = f"{one.registers:9} {one.spilled:7} {one.shared:6} {counted:>12}"

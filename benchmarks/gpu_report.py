@@ -3,8 +3,9 @@
 Runs the tests of the Triton kernels and stops if one fails. Then measures layers and weight transforms (kernel times:
 CUDA graphs, caches flushed, medians of events) and whole training steps, against plain convolutions, the
 two-convolution formulation, eager and compiled, and a ``clone()`` of as many bytes; ours in the full form ("ours") and,
-where that has fewer numbers, in the thin one. Layers and transforms are checked against float64 before they are
-measured. Writes ``benchmarks/results/<gpu>.json`` and prints its table.
+where that has fewer numbers, in the thin one. And ``FoldedAdamW`` on the thin form against PyTorch's fused AdamW on
+``W_r``. All but the training steps is checked against float64 before it is measured.
+Writes ``benchmarks/results/<gpu>.json`` and prints its table.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from benchmarks import bench_folded_adam
 from benchmarks.agreement import Agreement
 from benchmarks.formulations import as_full, float64_reference, layer_formulations, network_formulations
 from benchmarks.layers import LAYERS, Layer
 from benchmarks.networks import ConvNeXtTiny, MobileNetV2, ResNet18, training_step
 
-_TESTS = ("tests/test_triton.py", "tests/test_triton_thin.py", "tests/test_triton_folded.py")
+_TESTS = tuple(f"tests/test_triton{part}.py" for part in ("", "_thin", "_folded", "_tuning"))
 ROUNDS = 15
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -200,6 +202,22 @@ def transforms(timer: Timer, device: str, chosen: list[Layer]) -> Iterator[Row]:
                    "dtype": "float32", "layout": "-", "bytes": moved, "ms": times}  # fmt: skip
 
 
+def optimizers(timer: Timer, device: str, names: Iterable[str]) -> Iterator[Row]:
+    """FoldedAdamW against AdamW on W_r, float32: its kernels, with what Python takes, and with W_t and its gradient."""
+    for name in names:
+        case = bench_folded_adam.Case(name, torch.float32, device)
+        state = {formulation: case.bytes(formulation) for formulation in case.optimizers}
+        step = {formulation: optimizer.step for formulation, optimizer in case.optimizers.items()}
+        for mode, measured, calls in (
+            ("step, kernels", timer.kernels, step),
+            ("step", timer.wall, step),
+            ("W_t+gradient+step", timer.wall, {formulation: case.all(formulation) for formulation in step}),
+        ):
+            yield {"kind": "optimizer", "mode": mode, "shape": name, "network": "-", "dtype": "float32", "layout": "-",
+                   "ms": {formulation: measured(call) for formulation, call in calls.items()},
+                   "state_bytes": state}  # fmt: skip
+
+
 def steps(timer: Timer, device: str, networks: dict[str, Any]) -> Iterator[Row]:
     """Whole training steps with fused SGD: milliseconds and peak bytes."""
     for name, (build, batch, size) in networks.items():
@@ -227,7 +245,7 @@ def steps(timer: Timer, device: str, networks: dict[str, Any]) -> Iterator[Row]:
 def table(rows: list[Row]) -> str:
     """Milliseconds, and ratios to ours, as Markdown."""
     lines = []
-    for kind in ("layer", "transform", "step"):
+    for kind in ("layer", "transform", "optimizer", "step"):
         chosen = [row for row in rows if row["kind"] == kind]
         names = sorted({name for row in chosen for name in row["ms"]} - {"ours"})
         if not chosen:
@@ -265,10 +283,11 @@ def main(arguments: list[str] | None = None) -> int:
     dense = [layer for layer in LAYERS if layer.network == "ResNet-18" and not layer.is_stem]
     parts = [
         transforms(timer, "cuda", depthwise + dense),
+        optimizers(timer, "cuda", bench_folded_adam.MEASURED),
         layers(timer, "cuda", 128, depthwise, compiled=2),
         steps(timer, "cuda", NETWORKS),
     ]
-    for share, part in zip((0.2, 0.7, 1.0), parts, strict=True):  # of the time, at the end of each part
+    for share, part in zip((0.15, 0.2, 0.7, 1.0), parts, strict=True):  # of the time, at the end of each part
         for row in part:
             rows.append(row)
             if time.monotonic() - started > 60 * options.minutes * share:

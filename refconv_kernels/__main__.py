@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refconv_kernels import __version__, current_backend, ops
 from refconv_kernels.backends import cpu
+from refconv_kernels.backends.triton import tuning
 from refconv_kernels.learning import cli
 
 __all__ = ["main"]
@@ -124,6 +125,7 @@ def _info(arguments: argparse.Namespace) -> int:
         operators = [name for name, kernels in ops.KERNELS.items() if backend in kernels or backend == "reference"]
         state = f"off: {reason}" if reason is not None else f"available: {', '.join(operators)}"
         print(f"{backend:<{width}}  {state}")
+    print(f"\nautotuning of Triton's launches: {tuning.describe()}")
     if cpu.native is not None:
         print("\nnative library")
         for name, value in cpu.native.build_info().items():

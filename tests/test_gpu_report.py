@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu_report
+from benchmarks import bench_folded_adam, gpu_report
 from benchmarks.layers import Layer
 from benchmarks.networks import ConvNeXtTiny
 
@@ -39,6 +39,36 @@ def test_all_rows_and_their_table(timer: gpu_report.Timer) -> None:
     )
     assert printed.count("\n| dw6_k3s1_8x8 |") == 8
     assert "| tiny | step | bfloat16 | NHWC |" in printed
+
+
+def test_rows_of_the_optimizer(timer: gpu_report.Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_folded_adam.MEASURED, "tiny", TINY[:1])
+    rows = list(gpu_report.optimizers(timer, DEVICE, ["tiny"]))
+    assert [(row["kind"], row["mode"]) for row in rows] == [
+        ("optimizer", mode) for mode in ("step, kernels", "step", "W_t+gradient+step")
+    ]
+    for row in rows:
+        assert row["ms"].keys() == {"ours", "adamw"}
+        assert all(ms > 0 for ms in row["ms"].values())
+        # A step and 54 numbers for each of 6 coordinates' rows, and Q; a step and two moments of W_r.
+        assert row["state_bytes"] == {"ours": 4 * (1 + 6 * 54 + 9 * 54), "adamw": 4 * (1 + 2 * 6 * 54)}
+    printed = gpu_report.table(rows)
+    assert "| shape | mode | dtype | layout | ours, ms | adamw/ours |" in printed
+    assert "\n| tiny | step, kernels | float32 | - |" in printed
+
+
+def test_another_optimizer_is_not_measured(timer: gpu_report.Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_folded_adam.MEASURED, "tiny", TINY[:1])
+    folded = bench_folded_adam._folded
+
+    def wrong(layers: list[nn.Module]) -> torch.optim.Optimizer:
+        optimizer = folded(layers)
+        optimizer.param_groups[0]["betas"] = (0.9, 0.9)
+        return optimizer
+
+    monkeypatch.setattr(bench_folded_adam, "_folded", wrong)
+    with pytest.raises(AssertionError, match="ours: W_t is .* away from float64"):
+        next(gpu_report.optimizers(timer, DEVICE, ["tiny"]))
 
 
 def _tiny() -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -34,6 +35,20 @@ def test_info_names_versions_and_every_backend(capsys: pytest.CaptureFixture) ->
     for backend, reason in ops.UNAVAILABLE.items():
         (line,) = (line for line in lines if re.match(rf"{backend}\b", line))
         assert line.split(maxsplit=1)[1].startswith("available: " if reason is None else f"off: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("", "off (REFCONV_AUTOTUNE=1 turns it on)"),
+        ("1", "on, choices kept in kept here"),
+        ("yes", "REFCONV_AUTOTUNE (='yes') must be 0 or 1"),
+    ],
+)
+def test_info_tells_about_autotuning(value: str, said: str) -> None:
+    env = {**os.environ, "REFCONV_AUTOTUNE": value, "REFCONV_CACHE_DIR": "kept here", "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-m", "refconv_kernels", "info"], capture_output=True, text=True, env=env)
+    assert said in (done.stderr if value == "yes" else done.stdout)
 
 
 @needs_native

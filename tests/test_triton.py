@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.compiled_kernels import TARGETS
 from refconv_kernels import RefConv2d, functional, ops, use_backend
@@ -65,8 +67,9 @@ def test_sizes_that_straddle_the_tiles(batch: int, channels: int, height: int, w
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 1)], ids=str)
 def test_sums_of_several_chunks(stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    from refconv_kernels.backends.triton import depthwise
+    from refconv_kernels.backends.triton import depthwise, reduction
 
+    monkeypatch.setattr(reduction, "_TILE", 1)  # one chunk at a time
     monkeypatch.setattr(depthwise, "_PROGRAMS", 4)  # two channels: two chunks of several tiles
     monkeypatch.setattr(depthwise, "_FORWARD_PROGRAMS", 4)  # forward: several tiles in a program
     case = Case("chunks", 2, 2, (3, 3), 2, stride=stride, batch=3, height=31, width=30)
@@ -207,6 +210,41 @@ def test_no_tap_sees_what_lies_below_the_map() -> None:
     got = op(dy, x, weight, [1, 1], [1, 1], [1, 1], False, True, False)[1]
     assert torch.equal(got.isinf()[0, 0], torch.tensor([[True] * 3, [True] * 3, [False] * 3], device=DEVICE))
     assert not got.isnan().any()
+
+
+def test_a_plain_backward_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from refconv_kernels.backends.triton import depthwise, reduction
+
+    seen, launching = [], []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not launching:  # the interpreter has operators of its own
+                seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    class Noted:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*args: Any, **options: Any) -> None:
+                launching.append(self.kernel)
+                self.kernel[grid](*args, **options)
+                seen.append(launching.pop().__name__)
+
+            return launch
+
+    for module, name in ((depthwise, "backward_kernel"), (reduction, "reduction_kernel")):
+        monkeypatch.setattr(module, name, Noted(getattr(module, name)))
+    x, weight = torch.randn(2, 3, 5, 6, device=DEVICE), torch.randn(3, 1, 3, 3, device=DEVICE)
+    for layout in LAYOUTS:
+        dy = x.contiguous(memory_format=layout)
+        seen.clear()
+        with Operators():
+            depthwise.backward(dy, dy, weight, [1, 1], [1, 1], [1, 1], True, True, True)
+        free = ("empty", "empty_like", "new_empty", "select", "promote_types")  # launch nothing
+        assert [name for name in seen if name not in free] == ["backward_kernel", "reduction_kernel"]
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])

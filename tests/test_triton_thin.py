@@ -131,12 +131,11 @@ def test_only_what_is_needed(case: Case) -> None:
 
 
 def test_several_tiles_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from refconv_kernels.backends.triton import depthwise
-    from refconv_kernels.backends.triton import thin as kernels
+    from refconv_kernels.backends.triton import depthwise, reduction
 
     monkeypatch.setattr(depthwise, "_FORWARD_PROGRAMS", 1)  # forward: all tiles of a channel in one program
     monkeypatch.setattr(depthwise, "_PROGRAMS", 4)  # backward: two chunks of several tiles
-    monkeypatch.setattr(kernels, "_TILE", 1)  # one chunk at a time
+    monkeypatch.setattr(reduction, "_TILE", 1)  # one chunk at a time
     check(Case("chunks", 2, 2, (3, 3), 2, batch=2, height=31, width=30))
 
 

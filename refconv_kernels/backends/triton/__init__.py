@@ -1,8 +1,8 @@
 """The Triton GPU backend (NVIDIA and AMD): which problems its kernels cover, and the operators over them.
 
-The kernels are in :mod:`.depthwise_kernels` (over :mod:`.depthwise_tiles`), :mod:`.refocus`, :mod:`.fused`,
-:mod:`.thin` and :mod:`.folded_adam`; Triton is imported when one is first launched. With ``TRITON_INTERPRET=1`` in the
-environment, Triton's interpreter runs them on tensors in main memory, slowly, for tests.
+The kernels are in :mod:`.depthwise_kernels` (over :mod:`.depthwise_tiles`), :mod:`.reduction`, :mod:`.refocus`,
+:mod:`.fused`, :mod:`.thin` and :mod:`.folded_adam`; Triton is imported when one is first launched. With
+``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs them on tensors in main memory, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -23,6 +23,17 @@ _INDEX_LIMIT = 2**31  # within one image, and for the pixels of a batch, indices
 
 #: Whether Triton's interpreter stands in for a GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _switch(name: str) -> bool:
+    value = os.environ.get(name) or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{name} (={value!r}) must be 0 or 1")
+    return value == "1"
+
+
+#: Whether depthwise launches are measured and the fastest configuration is taken (:mod:`.tuning`).
+AUTOTUNE = _switch("REFCONV_AUTOTUNE")
 
 
 def unavailable() -> str | None:

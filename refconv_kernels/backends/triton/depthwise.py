@@ -1,4 +1,7 @@
-"""Depthwise convolution in Triton, the launches: which kernel, in tiles of which size."""
+"""Depthwise convolution in Triton, the launches: which kernel, in tiles of which size.
+
+Every launch has a rule, which makes its default configuration and others near it; :mod:`.tuning` may choose among them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from refconv_kernels.backends.triton import tuning
 from refconv_kernels.backends.triton.depthwise_kernels import backward_kernel, forward_kernel, input_gradient_kernel
 from refconv_kernels.backends.triton.launch import (
     accumulator,
@@ -21,6 +25,8 @@ from refconv_kernels.backends.triton.launch import (
     strip_rows,
     words,
 )
+from refconv_kernels.backends.triton.reduction import reduce
+from refconv_kernels.backends.triton.tuning import Configuration
 from refconv_kernels.geometry import output_format, output_size
 
 _FUSED_TAPS = 25  # sums of dW in registers; beyond, dx and dW are two launches, dW's by kernel rows
@@ -64,22 +70,34 @@ def forward(
     )
     if y.numel() == 0:
         return y
-    rows = strip_rows(size[0], 1, 8 if layout is torch.contiguous_format and x.dtype != torch.float64 else 4)
-    held = ((rows - 1) * stride[0] + (weight.shape[2] - 1) * dilation[0] + 1 + rows) * words(x)
-    block_p, block_c = blocks(y.shape[1], layout is torch.channels_last, held)
-    # Columns of taps whose loads may be under way together.
-    unrolled = weight.shape[3] if weight.shape[3] <= 3 and held * block_p * block_c <= 48 * 128 else 1
-    tiles = triton.cdiv(y.shape[0] * triton.cdiv(size[0], rows) * size[1], block_p)
-    channel_blocks = triton.cdiv(y.shape[1], block_c)
-    per_program = max(1, min(_FORWARD_TILES, tiles * channel_blocks // _FORWARD_PROGRAMS))
-    with device_of(x):
-        forward_kernel[(triton.cdiv(tiles, per_program), channel_blocks)](
-            x, weight, bias, y, y.shape[0], y.shape[1], tiles, per_program, *strides(x), *strides(y),
-            **constants(x, weight, y, stride, padding, dilation), ROWS=rows,
-            UNROLL_W=unrolled,
-            ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c,
-            **({} if thin is None else thin.arguments()), **options(x, 80 if block_c == 1 else 128),
+    nchw, sizes = layout is torch.contiguous_format, constants(x, weight, y, stride, padding, dilation)
+
+    def rule(other: bool = False, warps: int = 4, spread: float = 1) -> Configuration:
+        rows = strip_rows(size[0], 1, _tallest(nchw and x.dtype != torch.float64, other, x))
+        held = ((rows - 1) * stride[0] + (weight.shape[2] - 1) * dilation[0] + 1 + rows) * words(x)
+        block_p, block_c = blocks(y.shape[1], not nchw, held, warps)
+        unrolled = weight.shape[3] if weight.shape[3] <= 3 and held * block_p * block_c <= 48 * 32 * warps else 1
+        tiles = _tiles(y, rows, block_p)
+        each = max(1, min(_FORWARD_TILES, tiles * triton.cdiv(y.shape[1], block_c) // _FORWARD_PROGRAMS))
+        each = max(1, min(int(each / spread), tiles))
+        registers = 80 if block_c == 1 else 128
+        if block_c > 1 and (warps == 2 or (other and held > 40)):
+            registers = 255  # ptxas spills otherwise
+        return Configuration(rows, block_p, block_c, each, unrolled, registers, warps)
+
+    def launch(chosen: Configuration) -> None:
+        tiles = _tiles(y, chosen.rows, chosen.block_p)
+        grid = triton.cdiv(tiles, chosen.tiles), triton.cdiv(y.shape[1], chosen.block_c)
+        forward_kernel[grid](
+            x, weight, bias, y, y.shape[0], y.shape[1], tiles, chosen.tiles, *strides(x), *strides(y),
+            **sizes, UNROLL_W=chosen.unrolled, **_compiled(x, chosen), **({} if thin is None else thin.arguments()),
         )  # fmt: skip
+
+    with device_of(x):
+        chosen = rule()
+        if tuning.timer is not None:
+            chosen = tuning.choose(_problem("forward", x, weight, sizes, nchw, thin), x.device, rule, launch)
+        launch(chosen)
     return y
 
 
@@ -102,11 +120,7 @@ def backward(
     geometry = stride, padding, dilation
     dx, partial, summed = partial_sums(grad_output, input, weight, *geometry, need_input, need_weight, need_bias)
     if partial is not None:
-        with device_of(input):
-            totals = partial.sum(0)
-            grad_weight.copy_(totals[: weight[0].numel()].t().reshape(weight.shape))
-            if summed:
-                grad_bias.copy_(totals[-1])
+        reduce(partial, weight[0].numel(), grad_weight, grad_bias if summed else None)
     elif need_weight:
         grad_weight.zero_()
     if need_bias and not summed:
@@ -140,10 +154,10 @@ def partial_sums(
 
     sizes = constants(x, weight, dy, stride, padding, dilation)
     taps, kernel_w = weight[0].numel(), weight.shape[3]
-    fused = need_weight and is_fused(x, weight)
+    fused, nchw = need_weight and is_fused(x, weight), layout is torch.contiguous_format
     with device_of(x):
         if need_input and not fused:
-            _input_gradient(dy, x, weight, dx, sizes, layout is torch.channels_last)
+            _input_gradient(dy, x, weight, dx, sizes, nchw)
         if not need_weight:
             return dx, None, False
         tap_rows = weight.shape[2] if taps <= _FUSED_TAPS else max(1, _FUSED_TAPS // kernel_w)
@@ -151,39 +165,88 @@ def partial_sums(
         dbias_tap = bias_tap(sizes) if need_bias and tap_rows == weight.shape[2] else -1
         # A strip holds the sums of its taps besides its pixels; of a long row of taps ptxas loads all columns at once.
         few = taps <= 9 and x.dtype != torch.float64
-        rows = strip_rows(x.shape[2], stride[0], 8 if few and layout is torch.contiguous_format else 4)
-        rows = rows if kernel_w <= _FUSED_TAPS else stride[0]
-        block_p, block_c = blocks(dy.shape[1], layout is torch.channels_last, 20 if few else 64)
-        tiles = triton.cdiv(x.shape[0] * triton.cdiv(x.shape[2], rows) * x.shape[3], block_p)
-        channel_blocks, row_blocks = triton.cdiv(dy.shape[1], block_c), triton.cdiv(weight.shape[2], tap_rows)
-        per_chunk = triton.cdiv(tiles, max(1, _PROGRAMS // (channel_blocks * row_blocks)))
-        chunks = triton.cdiv(tiles, per_chunk)
-        partial = torch.empty(
-            (chunks, row_blocks * tap_rows * kernel_w + 1, dy.shape[1]),
-            dtype=torch.promote_types(x.dtype, torch.float32),
-            device=x.device,
-        )
-        backward_kernel[(chunks, channel_blocks, row_blocks)](
-            dy, x, weight, dx if fused and need_input else None, partial, x.shape[0], dy.shape[1], tiles, per_chunk,
-            *strides(x), *strides(dy), **sizes, ROWS=rows, **met_rows(sizes, rows, tap_rows),
-            TAP_ROWS=tap_rows, BIAS_TAP=dbias_tap, ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c,
-            **(thin.arguments() if thin is not None and need_input else {}), **options(x, 168 if few else 255),
-        )  # fmt: skip
+        row_blocks = triton.cdiv(weight.shape[2], tap_rows)
+        prologue = thin if need_input else None
+
+        def rule(other: bool = False, warps: int = 4, spread: float = 1) -> Configuration:
+            tallest = _tallest(few and nchw, other, x)
+            rows = strip_rows(x.shape[2], stride[0], tallest) if kernel_w <= _FUSED_TAPS else stride[0]
+            held = 20 if few and (nchw or tallest == 4) else 64
+            block_p, block_c = blocks(dy.shape[1], not nchw, held, warps)
+            programs = int(_PROGRAMS * spread) // (triton.cdiv(dy.shape[1], block_c) * row_blocks)
+            each = triton.cdiv(_tiles(x, rows, block_p), max(1, programs))
+            return Configuration(rows, block_p, block_c, each, kernel_w, 168 if few else 255, warps)
+
+        def launch(chosen: Configuration) -> Tensor:
+            tiles = _tiles(x, chosen.rows, chosen.block_p)
+            grid = triton.cdiv(tiles, chosen.tiles), triton.cdiv(dy.shape[1], chosen.block_c), row_blocks
+            shape = grid[0], row_blocks * tap_rows * kernel_w + 1, dy.shape[1]
+            partial = torch.empty(shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+            backward_kernel[grid](
+                dy, x, weight, dx if fused and need_input else None, partial, x.shape[0], dy.shape[1], tiles,
+                chosen.tiles, *strides(x), *strides(dy), **sizes, **met_rows(sizes, chosen.rows, tap_rows),
+                TAP_ROWS=tap_rows, BIAS_TAP=dbias_tap, **_compiled(x, chosen),
+                **({} if prologue is None else prologue.arguments()),
+            )  # fmt: skip
+            return partial
+
+        chosen = rule()
+        if tuning.timer is not None:
+            problem = _problem("backward", x, weight, sizes, nchw, prologue, fused and need_input, dbias_tap >= 0)
+            chosen = tuning.choose(
+                problem, x.device, rule,
+                # More programs leave more to add up, which is part of the time.
+                lambda one: reduce(launch(one), taps, torch.empty_like(weight), None),
+            )  # fmt: skip
+        partial = launch(chosen)
     return dx, partial, dbias_tap >= 0
 
 
-def _input_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor, dx: Tensor, sizes: dict[str, int], channels_last: bool
-) -> None:
+def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, dx: Tensor, sizes: dict[str, int], nchw: bool) -> None:
     """Fill dx by a kernel of its own."""
-    rows = strip_rows(x.shape[2], sizes["STRIDE_H"], 4 if channels_last or x.dtype == torch.float64 else 8)
-    met = met_rows(sizes, rows, weight.shape[2])
-    block_p, block_c = blocks(x.shape[1], channels_last, (met["COUNT"] + rows) * words(x))
-    strips = x.shape[0] * triton.cdiv(x.shape[2], rows) * x.shape[3]
-    input_gradient_kernel[(triton.cdiv(strips, block_p), triton.cdiv(x.shape[1], block_c))](
-        dy, weight, dx, x.shape[0], x.shape[1], *strides(x), *strides(dy), **sizes, ROWS=rows, **met,
-        ACCUMULATOR=accumulator(x), BLOCK_P=block_p, BLOCK_C=block_c, **options(x, 168),
-    )  # fmt: skip
+
+    def rule(other: bool = False, warps: int = 4, spread: float = 1) -> Configuration:
+        rows = strip_rows(x.shape[2], sizes["STRIDE_H"], _tallest(nchw and x.dtype != torch.float64, other, x))
+        held = (met_rows(sizes, rows, weight.shape[2])["COUNT"] + rows) * words(x)
+        # One tile to a program: there is nothing that a program does once.
+        return Configuration(rows, *blocks(x.shape[1], not nchw, held, warps), 1, 1, 168, warps)
+
+    def launch(chosen: Configuration) -> None:
+        grid = _tiles(x, chosen.rows, chosen.block_p), triton.cdiv(x.shape[1], chosen.block_c)
+        input_gradient_kernel[grid](
+            dy, weight, dx, x.shape[0], x.shape[1], *strides(x), *strides(dy), **sizes,
+            **met_rows(sizes, chosen.rows, weight.shape[2]), **_compiled(x, chosen),
+        )  # fmt: skip
+
+    chosen = rule()
+    if tuning.timer is not None:
+        chosen = tuning.choose(_problem("input_gradient", x, weight, sizes, nchw, None), x.device, rule, launch)
+    launch(chosen)
+
+
+def _tallest(tall: bool, other: bool, tensor: Tensor) -> int:
+    """Pixels of a strip at most: 8 where it is to be ``tall``, else 4; or the ``other``, if registers can hold that."""
+    return 8 if tall != (other and tensor.dtype != torch.float64) else 4
+
+
+def _tiles(feature_map: Tensor, rows: int, block_p: int) -> int:
+    """Tiles that cover the pixels of a map, of one block of channels."""
+    batch, _, height, width = feature_map.shape
+    return triton.cdiv(batch * triton.cdiv(height, rows) * width, block_p)
+
+
+def _compiled(tensor: Tensor, chosen: Configuration) -> dict[str, Any]:
+    """What a configuration means for every kernel."""
+    named = {"ROWS": chosen.rows, "BLOCK_P": chosen.block_p, "BLOCK_C": chosen.block_c, "num_warps": chosen.warps}
+    return {**named, "ACCUMULATOR": accumulator(tensor), **options(tensor, chosen.registers)}
+
+
+def _problem(
+    kernel: str, x: Tensor, weight: Tensor, sizes: dict[str, int], nchw: bool, thin: Thin | None, *more: bool
+) -> tuple[Any, ...]:
+    """All that the best configuration may depend on, besides the device and the versions."""
+    rank = 0 if thin is None else thin.factor.shape[1]
+    return kernel, x.dtype, weight.dtype, nchw, *x.shape[:2], *sizes.values(), rank, *more
 
 
 def is_fused(input: Tensor, weight: Tensor) -> bool:

@@ -52,14 +52,14 @@ def strides(feature_map: Tensor) -> tuple[int, int, int]:
     return batch_stride, channel_stride, column_stride
 
 
-def blocks(channels: int, channels_last: bool, held: int) -> tuple[int, int]:
-    """BLOCK_P and BLOCK_C of a tile: in NCHW a strip for each of 128 threads, in channels_last up to 4 channels of one.
+def blocks(channels: int, channels_last: bool, held: int, warps: int = 4) -> tuple[int, int]:
+    """BLOCK_P and BLOCK_C of a tile: in NCHW a strip for each thread, in channels_last up to 4 channels of one.
 
     ``held``: registers that the pixels of a strip take, for each of its channels.
     """
     block_c = min(power_of_2(channels), 64) if channels_last else 1
     each = 1 if not channels_last else 4 if held <= 16 else 2 if held <= 32 else 1
-    return max(1, 128 * each // block_c), block_c
+    return max(1, 32 * warps * each // block_c), block_c
 
 
 def strip_rows(height: int, stride: int = 1, most: int = 8) -> int:

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from refconv_kernels.backends.triton import depthwise
 from refconv_kernels.backends.triton.launch import accumulator, device_of, options, power_of_2
+from refconv_kernels.backends.triton.reduction import multiplies, reduce
 
 MOST = 9  # taps, and rows of R, of a prologue: those of a 3x3 kernel, whose W_t stays in registers
-_MOST_SUMMED = 64  # taps and bias in a tile of the sum over chunks; beyond, dE is a launch of its own
-_TILE = 2048  # elements of one
 _BLOCK = 256  # elements of a tile of the product: there are few in all, and every multiprocessor wants some
 
 
@@ -43,46 +42,6 @@ def product_kernel(
         along = tl.load(left + n * INNER + inner, mask=real, other=0).to(ACCUMULATOR)
         total += along[:, None] * tl.load(matrices + inner * inner_stride, mask=stored, other=0).to(ACCUMULATOR)
     tl.store(out + n[:, None] * COLUMNS + column[None, :], total.to(out.dtype.element_ty), mask=stored)
-
-
-@triton.jit
-def reduction_kernel(
-    partial, factor, grad_coordinates, grad_weight, grad_bias, chunks, channels, group_size,
-    TAPS: tl.constexpr, RANK: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """dE, dW and dbias, each None where not wanted, from partial sums [chunks, TAPS + 1, channels].
-
-    Programs: channels in blocks. The sum over chunks is dW; its product with R^T is dE.
-    """
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tap = tl.arange(0, BLOCK_T)
-    real = channel < channels
-    # Without a bias its row was not written.
-    drawn = tap < (TAPS + 1 if grad_bias is not None else TAPS)
-    wanted = drawn[:, None] & real[None, :]
-    sums = tl.zeros((BLOCK_K, BLOCK_T, BLOCK_C), dtype=ACCUMULATOR)
-    for start in range(0, chunks, BLOCK_K):
-        chunk = start + tl.arange(0, BLOCK_K)
-        from_ = partial + chunk[:, None, None] * ((TAPS + 1) * channels) + (tap[:, None] * channels + channel[None, :])
-        sums += tl.load(from_, mask=(chunk < chunks)[:, None, None] & wanted[None, :, :], other=0)
-    total = tl.sum(sums, axis=0)
-    if grad_weight is not None:
-        to = grad_weight + channel[None, :] * TAPS + tap[:, None]
-        tl.store(to, total.to(grad_weight.dtype.element_ty), mask=(tap < TAPS)[:, None] & real[None, :])
-    if grad_bias is not None:
-        to = grad_bias + channel[None, :] + tl.zeros((BLOCK_T, 1), dtype=tl.int32)
-        tl.store(to, total.to(grad_bias.dtype.element_ty), mask=(tap == TAPS)[:, None] & real[None, :])
-    if grad_coordinates is not None:
-        k = tl.arange(0, BLOCK_R)
-        used = (k < RANK)[:, None] & (tap < TAPS)[None, :]
-        from_ = factor + (channel // group_size)[None, None, :] * (RANK * TAPS) + (k[:, None] * TAPS + tap)[:, :, None]
-        matrix = tl.load(from_, mask=used[:, :, None] & real[None, None, :], other=0).to(ACCUMULATOR)
-        # An infinite dbias must not reach dE: zero times infinity is not zero.
-        grad = tl.where((tap < TAPS)[:, None], total, 0)
-        product = tl.sum(matrix * grad[None, :, :], axis=1)
-        to = grad_coordinates + channel[None, :] * RANK + k[:, None]
-        tl.store(to, product.to(grad_coordinates.dtype.element_ty), mask=(k < RANK)[:, None] & real[None, :])
 
 
 # --- launches ------------------------------------------------------------------------------------------------
@@ -214,25 +173,12 @@ def _reduce(
     basis: Tensor,
 ) -> None:
     """Fill the gradients, None where not wanted, from the sums of chunks."""
-    chunks, rows, channels = partial.shape
-    _, rank, taps = factor.shape
-    block_t, block_r = power_of_2(rows), power_of_2(max(1, rank))
-    if rows - 1 != taps or max(block_t, block_r) > _MOST_SUMMED:
-        totals = partial.sum(0)
-        sums = totals[:taps].t().reshape(basis.shape)
-        if grad_weight is not None:
-            grad_weight.copy_(sums)
-        if grad_bias is not None:
-            grad_bias.copy_(totals[-1])
-        if grad_coordinates is not None:
-            _product(sums.contiguous(), factor, None, grad_coordinates, forward=False)
+    taps = factor.shape[2]
+    if grad_coordinates is None or multiplies(partial, factor):
+        reduce(partial, taps, grad_weight, grad_bias, factor, grad_coordinates)
         return
-    # Neighbouring channels share the sectors that are read; but every multiprocessor should have some.
-    block_c = min(8, power_of_2(max(1, channels // 64)), max(1, 4096 // (block_t * block_r)))
-    with device_of(partial):
-        reduction_kernel[(triton.cdiv(channels, block_c),)](
-            partial, factor, grad_coordinates, grad_weight, grad_bias, chunks, channels, channels // factor.shape[0],
-            TAPS=taps, RANK=rank, ACCUMULATOR=accumulator(partial),
-            BLOCK_K=max(1, _TILE // (block_t * block_c)), BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_C=block_c,
-            **options(partial),
-        )  # fmt: skip
+    sums = partial.new_empty(basis.shape)  # not rounded to a half
+    reduce(partial, taps, sums, grad_bias)
+    if grad_weight is not None:
+        grad_weight.copy_(sums)
+    _product(sums, factor, None, grad_coordinates, forward=False)
