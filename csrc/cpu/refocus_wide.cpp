@@ -74,9 +74,11 @@ class Unfolded {
   Scratch<T> data_;
 };
 
-// sums[r * columns + c] += W_r[r, q0 : q1] . U[q0 : q1, c], lane by lane, for ROWS rows of W_r and all columns.
+// sums[r * columns + c] += W_r[r, q0 : q1] . U[q0 : q1, c], lane by lane, for ROWS rows of W_r and all columns. Fetches
+// as much of the rows from `next` on meanwhile.
 template <typename T, int ROWS, int COLUMNS>
-void product(const T* refocus, int64_t row_length, const Unfolded<T>& u, int64_t q0, int64_t q1, Vec<T>* sums) {
+void product(const T* refocus, int64_t row_length, const Unfolded<T>& u, int64_t q0, int64_t q1, const T* next,
+             Vec<T>* sums) {
   constexpr int64_t kLane = kLanes<T>;
   const int64_t columns = u.columns();
   for (int64_t c0 = 0; c0 < columns; c0 += COLUMNS) {
@@ -90,7 +92,7 @@ void product(const T* refocus, int64_t row_length, const Unfolded<T>& u, int64_t
       for (int r = 0; r < ROWS; ++r) {
         const T* entries = refocus + r * row_length + q;
         row[r] = in_register(load_lanes(entries, q1 - q));
-        if (c0 == 0) __builtin_prefetch(entries + (q1 - q0));  // the block after this one
+        if (c0 == 0) __builtin_prefetch(next + r * row_length + q - q0, 0, 2);
       }
 #pragma GCC unroll 16
       for (int c = 0; c < COLUMNS; ++c) {
@@ -115,9 +117,14 @@ void forward_rows(const RefocusProblem& p, const Unfolded<T>& u, const T* basis,
     const int64_t end = least(q + u.block(), length);
     int64_t r = 0;
     for (; r + ROWS <= rows; r += ROWS) {
-      product<T, ROWS, COLUMNS>(refocus + r * length, length, u, q, end, sums + r * columns);
+      const T* row = refocus + r * length;
+      const T* next = r + 2 * ROWS <= rows ? row + ROWS * length + q : refocus + end;
+      product<T, ROWS, COLUMNS>(row, length, u, q, end, next, sums + r * columns);
     }
-    for (; r < rows; ++r) product<T, 1, COLUMNS>(refocus + r * length, length, u, q, end, sums + r * columns);
+    for (; r < rows; ++r) {
+      const T* row = refocus + r * length;
+      product<T, 1, COLUMNS>(row, length, u, q, end, row + length + q, sums + r * columns);
+    }
   }
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < p.kernel_size(); ++c) {
