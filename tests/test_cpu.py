@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from refconv_kernels import functional, reference, use_backend
 from refconv_kernels.backends import cpu
@@ -91,24 +92,33 @@ def test_results_do_not_depend_on_threads(case: Case) -> None:
 
 
 @needs_native
-def test_infinity_reaches_only_the_taps_that_see_it() -> None:
-    """0 * infinity must not leak from vector lanes past the end of a row."""
-    x, weight = torch.randn(1, 1, 5, 7), torch.randn(1, 1, 3, 3)
-    x[0, 0, 2, 6] = float("inf")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [((5, 7), 1, 0), ((5, 7), 1, 1), ((9, 40), 1, 1), ((24, 24), 2, 1), ((9, 70), 1, 0)]
+)
+def test_infinity_reaches_only_the_taps_that_see_it(
+    size: tuple[int, int], stride: int, padding: int, layout: torch.memory_format
+) -> None:
+    """0 * infinity must not leak from padding, or from vector lanes past the end of a row."""
+    x, weight = torch.randn(1, 2, *size), torch.randn(2, 1, 3, 3)
+    x[0, 0, 2, -1] = x[0, 0, 0, 5] = float("inf")
+    out = F.conv2d(x, weight, stride=stride, padding=padding, groups=2)
+    dy, pairs = torch.ones_like(out), [[s, s] for s in (stride, padding, 1)]
     op = torch.ops.refconv_cpu.grouped_conv2d_backward.default
-    got = op(torch.ones(1, 1, 3, 5), x, weight, [1, 1], [0, 0], [1, 1], False, True, False)[1]
-    want = reference.conv2d_backward(
-        torch.ones(1, 1, 3, 5), x, weight, (1, 1), (0, 0), (1, 1), 1, (False, True, False)
-    )[1]
+    got = op(*(t.contiguous(memory_format=layout) for t in (dy, x)), weight, *pairs, False, True, False)[1]
+    want = reference.conv2d_backward(dy, x, weight, *((s, s) for s in (stride, padding, 1)), 2, (False, True, False))[1]
+    assert want.isinf().any()
     assert torch.equal(got.isinf(), want.isinf())
     assert not got.isnan().any()
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_one_call_gives_what_the_two_steps_give(layout: torch.memory_format) -> None:
-    x = torch.randn(2, 8, 9, 9).contiguous(memory_format=layout).requires_grad_()
-    basis, refocus, bias = torch.randn(8, 1, 3, 3), torch.randn(8, 8, 3, 3, requires_grad=True), torch.randn(8)
+def test_one_call_gives_what_the_two_steps_give(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 8, 9, 19, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    basis, bias = torch.randn(8, 1, 3, 3, dtype=dtype), torch.randn(8, dtype=dtype)
+    refocus = torch.randn(8, 8, 3, 3, dtype=dtype, requires_grad=True)
     problem = {"stride": (2, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 8}
     one = functional.refconv2d(x, basis, refocus, bias, **problem)
     two = functional.conv2d(x, functional.refocus_weight(basis, refocus), bias, **problem)

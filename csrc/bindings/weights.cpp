@@ -4,9 +4,9 @@
 namespace refconv::bindings {
 namespace {
 
-template <typename T>
-const refconv::cpu::RefocusKernels<T>& refocus_kernels() {
-  return refconv::cpu::instruction_set().kernels.refocus<T>();
+template <typename S>
+const refconv::cpu::RefocusKernels<S>& refocus_kernels() {
+  return refconv::cpu::instruction_set().kernels.refocus<S>();
 }
 
 RefocusProblem refocus_problem(const Tensor& basis, int64_t group_size, int64_t map_size, bool identity) {
@@ -32,12 +32,12 @@ Tensor refocus_weight(const Tensor& basis, const Tensor& refocus, bool identity)
   const Tensor b = torch::stable::contiguous(basis);
   const Tensor r = torch::stable::contiguous(refocus);
   const Tensor transformed = torch::stable::new_empty(b, sizes_of(b));
-  for_dtype(basis, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const auto kernel = refocus_kernels<T>().forward;
-    const T* b_data = data<T>(b);
-    const T* r_data = data<T>(r);
-    T* t_data = mutable_data<T>(transformed);
+  for_storage_dtype(basis, [&](auto type) {
+    using S = typename decltype(type)::type;
+    const auto kernel = refocus_kernels<S>().forward;
+    const S* b_data = data<S>(b);
+    const S* r_data = data<S>(r);
+    S* t_data = mutable_data<S>(transformed);
     parallel(p.kernels, p.row_length() * p.kernel_size(),
              [&](int64_t begin, int64_t end) { kernel(p, b_data, r_data, t_data, begin, end); });
   });
@@ -52,12 +52,12 @@ Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& bas
   const Tensor g = torch::stable::contiguous(grad_transformed);
   const Tensor b = torch::stable::contiguous(basis);
   const Tensor grad_refocus = torch::stable::new_empty(b, {p.kernels, group_size, map_size, map_size});
-  for_dtype(basis, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const auto kernel = refocus_kernels<T>().backward;
-    const T* g_data = data<T>(g);
-    const T* b_data = data<T>(b);
-    T* r_data = mutable_data<T>(grad_refocus);
+  for_storage_dtype(basis, [&](auto type) {
+    using S = typename decltype(type)::type;
+    const auto kernel = refocus_kernels<S>().backward;
+    const S* g_data = data<S>(g);
+    const S* b_data = data<S>(b);
+    S* r_data = mutable_data<S>(grad_refocus);
     parallel(p.kernels, p.row_length() * p.kernel_size(),
              [&](int64_t begin, int64_t end) { kernel(p, g_data, b_data, r_data, begin, end); });
   });

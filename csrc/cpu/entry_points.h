@@ -27,12 +27,12 @@ template <typename S>
 void depthwise_nhwc_reduce(const GroupedProblem& p, double* totals, int64_t chunks, S* grad_weight, S* grad_bias,
                            int64_t begin, int64_t end);
 
-template <typename T>
-void refocus_forward(const RefocusProblem& p, const T* basis, const T* refocus, T* transformed, int64_t begin,
+template <typename S>
+void refocus_forward(const RefocusProblem& p, const S* basis, const S* refocus, S* transformed, int64_t begin,
                      int64_t end);
 
-template <typename T>
-void refocus_backward(const RefocusProblem& p, const T* grad_transformed, const T* basis, T* grad_refocus,
+template <typename S>
+void refocus_backward(const RefocusProblem& p, const S* grad_transformed, const S* basis, S* grad_refocus,
                       int64_t begin, int64_t end);
 
 template <typename S>
@@ -61,9 +61,9 @@ void folded_adam(const FoldedAdamProblem& p, const T* first, const T* root, cons
                                            bool, bool, int64_t, int64_t);                                             \
   template void depthwise_nhwc_reduce<S>(const GroupedProblem&, double*, int64_t, S*, S*, int64_t, int64_t);
 
-#define REFCONV_INSTANTIATE_REFOCUS(T)                                                               \
-  template void refocus_forward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t); \
-  template void refocus_backward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t);
+#define REFCONV_INSTANTIATE_REFOCUS(S)                                                               \
+  template void refocus_forward<S>(const RefocusProblem&, const S*, const S*, S*, int64_t, int64_t); \
+  template void refocus_backward<S>(const RefocusProblem&, const S*, const S*, S*, int64_t, int64_t);
 
 #define REFCONV_INSTANTIATE_THIN(S)                                                                      \
   template void thin_forward<S>(const ThinProblem&, const S*, const S*, const S*, S*, int64_t, int64_t); \

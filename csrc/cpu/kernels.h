@@ -35,11 +35,11 @@ struct GroupedKernels {
                       int64_t begin, int64_t end);
 };
 
-template <typename T>
+template <typename S>
 struct RefocusKernels {
   // Tasks: the 2-D kernels.
-  void (*forward)(const RefocusProblem&, const T* basis, const T* refocus, T* transformed, int64_t begin, int64_t end);
-  void (*backward)(const RefocusProblem&, const T* grad_transformed, const T* basis, T* grad_refocus, int64_t begin,
+  void (*forward)(const RefocusProblem&, const S* basis, const S* refocus, S* transformed, int64_t begin, int64_t end);
+  void (*backward)(const RefocusProblem&, const S* grad_transformed, const S* basis, S* grad_refocus, int64_t begin,
                    int64_t end);
 };
 
@@ -64,6 +64,8 @@ struct Kernels {
   GroupedKernels<Half> grouped_f16;
   RefocusKernels<float> refocus_f32;
   RefocusKernels<double> refocus_f64;
+  RefocusKernels<BFloat16> refocus_bf16;
+  RefocusKernels<Half> refocus_f16;
   ThinKernels<float> thin_f32;
   ThinKernels<double> thin_f64;
   ThinKernels<BFloat16> thin_bf16;
@@ -73,8 +75,8 @@ struct Kernels {
 
   template <typename S>
   const GroupedKernels<S>& grouped() const;
-  template <typename T>
-  const RefocusKernels<T>& refocus() const;
+  template <typename S>
+  const RefocusKernels<S>& refocus() const;
   template <typename S>
   const ThinKernels<S>& thin() const;
   template <typename T>
@@ -88,6 +90,8 @@ template <> inline const GroupedKernels<BFloat16>& Kernels::grouped() const { re
 template <> inline const GroupedKernels<Half>& Kernels::grouped() const { return grouped_f16; }
 template <> inline const RefocusKernels<float>& Kernels::refocus() const { return refocus_f32; }
 template <> inline const RefocusKernels<double>& Kernels::refocus() const { return refocus_f64; }
+template <> inline const RefocusKernels<BFloat16>& Kernels::refocus() const { return refocus_bf16; }
+template <> inline const RefocusKernels<Half>& Kernels::refocus() const { return refocus_f16; }
 template <> inline const ThinKernels<float>& Kernels::thin() const { return thin_f32; }
 template <> inline const ThinKernels<double>& Kernels::thin() const { return thin_f64; }
 template <> inline const ThinKernels<BFloat16>& Kernels::thin() const { return thin_bf16; }

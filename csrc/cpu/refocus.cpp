@@ -12,21 +12,23 @@ bool wide(const RefocusProblem& p) { return p.row_length() >= kWideRow; }
 
 }  // namespace
 
-template <typename T>
-void refocus_forward(const RefocusProblem& p, const T* basis, const T* refocus, T* transformed, int64_t begin,
+template <typename S>
+void refocus_forward(const RefocusProblem& p, const S* basis, const S* refocus, S* transformed, int64_t begin,
                      int64_t end) {
-  const auto run = wide(p) ? refocus_wide_forward<T> : refocus_narrow_forward<T>;
+  const auto run = wide(p) ? refocus_wide_forward<S> : refocus_narrow_forward<S>;
   run(p, basis, refocus, transformed, begin, end);
 }
 
-template <typename T>
-void refocus_backward(const RefocusProblem& p, const T* grad_transformed, const T* basis, T* grad_refocus,
+template <typename S>
+void refocus_backward(const RefocusProblem& p, const S* grad_transformed, const S* basis, S* grad_refocus,
                       int64_t begin, int64_t end) {
-  const auto run = wide(p) ? refocus_wide_backward<T> : refocus_narrow_backward<T>;
+  const auto run = wide(p) ? refocus_wide_backward<S> : refocus_narrow_backward<S>;
   run(p, grad_transformed, basis, grad_refocus, begin, end);
 }
 
 REFCONV_INSTANTIATE_REFOCUS(float)
 REFCONV_INSTANTIATE_REFOCUS(double)
+REFCONV_INSTANTIATE_REFOCUS(BFloat16)
+REFCONV_INSTANTIATE_REFOCUS(Half)
 
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -10,19 +10,19 @@
 namespace refconv::cpu::REFCONV_ISA {
 
 // Many kernels per refocus group: a matrix product with the unfolded basis.
-template <typename T>
-void refocus_wide_forward(const RefocusProblem& p, const T* basis, const T* refocus, T* transformed, int64_t begin,
+template <typename S>
+void refocus_wide_forward(const RefocusProblem& p, const S* basis, const S* refocus, S* transformed, int64_t begin,
                           int64_t end);
-template <typename T>
-void refocus_wide_backward(const RefocusProblem& p, const T* grad_transformed, const T* basis, T* grad_refocus,
+template <typename S>
+void refocus_wide_backward(const RefocusProblem& p, const S* grad_transformed, const S* basis, S* grad_refocus,
                            int64_t begin, int64_t end);
 
 // Few: each small kernel by itself.
-template <typename T>
-void refocus_narrow_forward(const RefocusProblem& p, const T* basis, const T* refocus, T* transformed, int64_t begin,
+template <typename S>
+void refocus_narrow_forward(const RefocusProblem& p, const S* basis, const S* refocus, S* transformed, int64_t begin,
                             int64_t end);
-template <typename T>
-void refocus_narrow_backward(const RefocusProblem& p, const T* grad_transformed, const T* basis, T* grad_refocus,
+template <typename S>
+void refocus_narrow_backward(const RefocusProblem& p, const S* grad_transformed, const S* basis, S* grad_refocus,
                              int64_t begin, int64_t end);
 
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -2,11 +2,13 @@
 //
 // Equations: csrc/problem.h. Ownership: 2-D kernels per task. Bytes: forward reads W_b and W_r and writes W_t once,
 // backward reads W_b and dW_t and writes dW_r once; for a dense 3 x 3 basis all five have the same size.
-// Accumulation: in T, in the order of the taps.
+// Accumulation: in the compute type, in the order of the taps.
 //
 // In a group of one kernel, W_t and dW_r are the same sum with their roles exchanged: with B[s][t] the pixel of W_b
 // that tap s sees from position t (zero outside), W_t[t] = sum_s W_r[s] B[s][t] and dW_r[s] = sum_t dW_t[t] B[s][t].
 // Where a vector holds a whole kernel, B[s] is one permutation of its lanes. Everything else is scalar code.
+#include <type_traits>
+
 #include "elements.h"
 #include "entry_points.h"
 #include "refocus.h"
@@ -16,34 +18,36 @@ namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
 // K, MAP fix both sizes at compile time, so that all loops unroll; 0 reads them from p.
-template <typename T, int K, int MAP>
-void forward_one(const RefocusProblem& p, const T* group_basis, const T* own_basis, const T* refocus, T* transformed) {
+template <typename S, int K, int MAP>
+void forward_one(const RefocusProblem& p, const S* group_basis, const S* own_basis, const S* refocus, S* transformed) {
+  using T = Compute<S>;
   const int64_t kernel_h = K > 0 ? K : p.kernel_h, kernel_w = K > 0 ? K : p.kernel_w;
   const int64_t map = MAP > 0 ? MAP : p.map_size, half = map / 2;
   for (int64_t h = 0; h < kernel_h; ++h) {
     for (int64_t w = 0; w < kernel_w; ++w) {
-      T total = p.identity ? own_basis[h * kernel_w + w] : T(0);
+      T total = p.identity ? load_one(own_basis + h * kernel_w + w) : T(0);
       for (int64_t j = 0; j < p.group_size; ++j) {
-        const T* kernel = group_basis + j * kernel_h * kernel_w;
+        const S* kernel = group_basis + j * kernel_h * kernel_w;
         for (int64_t a = 0; a < map; ++a) {
           for (int64_t b = 0; b < map; ++b) {
             const int64_t row = h + a - half, col = w + b - half;
             if (row < 0 || row >= kernel_h || col < 0 || col >= kernel_w) continue;
-            total += refocus[(j * map + a) * map + b] * kernel[row * kernel_w + col];
+            total += load_one(refocus + (j * map + a) * map + b) * load_one(kernel + row * kernel_w + col);
           }
         }
       }
-      transformed[h * kernel_w + w] = total;
+      store_one(transformed + h * kernel_w + w, total);
     }
   }
 }
 
-template <typename T, int K, int MAP>
-void backward_one(const RefocusProblem& p, const T* grad, const T* group_basis, T* grad_refocus) {
+template <typename S, int K, int MAP>
+void backward_one(const RefocusProblem& p, const S* grad, const S* group_basis, S* grad_refocus) {
+  using T = Compute<S>;
   const int64_t kernel_h = K > 0 ? K : p.kernel_h, kernel_w = K > 0 ? K : p.kernel_w;
   const int64_t map = MAP > 0 ? MAP : p.map_size, half = map / 2;
   for (int64_t j = 0; j < p.group_size; ++j) {
-    const T* kernel = group_basis + j * kernel_h * kernel_w;
+    const S* kernel = group_basis + j * kernel_h * kernel_w;
     for (int64_t a = 0; a < map; ++a) {
       for (int64_t b = 0; b < map; ++b) {
         T total = 0;
@@ -51,27 +55,27 @@ void backward_one(const RefocusProblem& p, const T* grad, const T* group_basis, 
           for (int64_t w = 0; w < kernel_w; ++w) {
             const int64_t row = h + a - half, col = w + b - half;
             if (row < 0 || row >= kernel_h || col < 0 || col >= kernel_w) continue;
-            total += grad[h * kernel_w + w] * kernel[row * kernel_w + col];
+            total += load_one(grad + h * kernel_w + w) * load_one(kernel + row * kernel_w + col);
           }
         }
-        grad_refocus[(j * map + a) * map + b] = total;
+        store_one(grad_refocus + (j * map + a) * map + b, total);
       }
     }
   }
 }
 
-template <typename T>
+template <typename S>
 struct Narrow {
-  decltype(&forward_one<T, 0, 0>) forward = forward_one<T, 0, 0>;
-  decltype(&backward_one<T, 0, 0>) backward = backward_one<T, 0, 0>;
+  decltype(&forward_one<S, 0, 0>) forward = forward_one<S, 0, 0>;
+  decltype(&backward_one<S, 0, 0>) backward = backward_one<S, 0, 0>;
 };
 
-template <typename T>
-Narrow<T> narrow(const RefocusProblem& p) {
+template <typename S>
+Narrow<S> narrow(const RefocusProblem& p) {
   if (p.kernel_h != p.kernel_w || p.map_size != 3) return {};
-  if (p.kernel_h == 3) return {forward_one<T, 3, 3>, backward_one<T, 3, 3>};
-  if (p.kernel_h == 5) return {forward_one<T, 5, 3>, backward_one<T, 5, 3>};
-  if (p.kernel_h == 7) return {forward_one<T, 7, 3>, backward_one<T, 7, 3>};
+  if (p.kernel_h == 3) return {forward_one<S, 3, 3>, backward_one<S, 3, 3>};
+  if (p.kernel_h == 5) return {forward_one<S, 5, 3>, backward_one<S, 5, 3>};
+  if (p.kernel_h == 7) return {forward_one<S, 7, 3>, backward_one<S, 7, 3>};
   return {};
 }
 
@@ -113,42 +117,44 @@ void permuted(const float* basis, const float* factors, bool start, float* resul
 
 }  // namespace
 
-template <typename T>
-void refocus_narrow_forward(const RefocusProblem& p, const T* basis, const T* refocus, T* transformed, int64_t begin,
+template <typename S>
+void refocus_narrow_forward(const RefocusProblem& p, const S* basis, const S* refocus, S* transformed, int64_t begin,
                             int64_t end) {
 #if REFCONV_PERMUTES
-  if constexpr (sizeof(T) == sizeof(float)) {
+  if constexpr (std::is_same_v<S, float>) {
     if (one_3x3(p)) return permuted(basis, refocus, p.identity, transformed, begin, end);
   }
 #endif
-  const auto run = narrow<T>(p).forward;
+  const auto run = narrow<S>(p).forward;
   const int64_t size = p.kernel_size();
   for (int64_t n = begin; n < end; ++n) {
-    const T* group_basis = basis + n / p.group_size * p.group_size * size;
+    const S* group_basis = basis + n / p.group_size * p.group_size * size;
     run(p, group_basis, basis + n * size, refocus + n * p.row_length(), transformed + n * size);
   }
 }
 
-template <typename T>
-void refocus_narrow_backward(const RefocusProblem& p, const T* grad_transformed, const T* basis, T* grad_refocus,
+template <typename S>
+void refocus_narrow_backward(const RefocusProblem& p, const S* grad_transformed, const S* basis, S* grad_refocus,
                              int64_t begin, int64_t end) {
 #if REFCONV_PERMUTES
-  if constexpr (sizeof(T) == sizeof(float)) {
+  if constexpr (std::is_same_v<S, float>) {
     if (one_3x3(p)) return permuted(basis, grad_transformed, false, grad_refocus, begin, end);
   }
 #endif
-  const auto run = narrow<T>(p).backward;
+  const auto run = narrow<S>(p).backward;
   const int64_t size = p.kernel_size();
   for (int64_t n = begin; n < end; ++n) {
-    const T* group_basis = basis + n / p.group_size * p.group_size * size;
+    const S* group_basis = basis + n / p.group_size * p.group_size * size;
     run(p, grad_transformed + n * size, group_basis, grad_refocus + n * p.row_length());
   }
 }
 
-#define REFCONV_INSTANTIATE_NARROW(T)                                                                       \
-  template void refocus_narrow_forward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t); \
-  template void refocus_narrow_backward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t);
+#define REFCONV_INSTANTIATE_NARROW(S)                                                                       \
+  template void refocus_narrow_forward<S>(const RefocusProblem&, const S*, const S*, S*, int64_t, int64_t); \
+  template void refocus_narrow_backward<S>(const RefocusProblem&, const S*, const S*, S*, int64_t, int64_t);
 REFCONV_INSTANTIATE_NARROW(float)
 REFCONV_INSTANTIATE_NARROW(double)
+REFCONV_INSTANTIATE_NARROW(BFloat16)
+REFCONV_INSTANTIATE_NARROW(Half)
 
 }  // namespace refconv::cpu::REFCONV_ISA

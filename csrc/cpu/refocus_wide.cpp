@@ -5,7 +5,7 @@
 // Ownership: rows n of W_r (one 2-D kernel each) per task.
 // Bytes: forward reads W_r once, backward writes dW_r once; U is rebuilt per thread and call, and stays in cache.
 // Multiply-adds: K_h * K_w for each entry of W_r, so at K = 3 and 4 bytes both bounds are close to each other.
-// Accumulation: in T, lane by lane along the row; the lanes in double.
+// Accumulation: in the compute type, lane by lane along the row; the lanes in double.
 #include "elements.h"
 #include "entry_points.h"
 #include "refocus.h"
@@ -74,11 +74,25 @@ class Unfolded {
   Scratch<T> data_;
 };
 
+// `count` elements as the kernels compute with them: where they are, or converted to `scratch`.
+template <typename S>
+const Compute<S>* computed(const S* from, int64_t count, Scratch<Compute<S>>& scratch) {
+  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
+    return from;
+  } else {
+    constexpr int64_t kLane = kLanes<Compute<S>>;
+    for (int64_t i = 0; i < count; i += kLane)
+      store_lanes(scratch.data() + i, load_lanes(from + i, count - i), count - i);
+    return scratch.data();
+  }
+}
+
 // sums[r * columns + c] += W_r[r, q0 : q1] . U[q0 : q1, c], lane by lane, for ROWS rows of W_r and all columns. Fetches
 // as much of the rows from `next` on meanwhile.
-template <typename T, int ROWS, int COLUMNS>
-void product(const T* refocus, int64_t row_length, const Unfolded<T>& u, int64_t q0, int64_t q1, const T* next,
-             Vec<T>* sums) {
+template <typename S, int ROWS, int COLUMNS>
+void product(const S* refocus, int64_t row_length, const Unfolded<Compute<S>>& u, int64_t q0, int64_t q1, const S* next,
+             Vec<Compute<S>>* sums) {
+  using T = Compute<S>;
   constexpr int64_t kLane = kLanes<T>;
   const int64_t columns = u.columns();
   for (int64_t c0 = 0; c0 < columns; c0 += COLUMNS) {
@@ -90,7 +104,7 @@ void product(const T* refocus, int64_t row_length, const Unfolded<T>& u, int64_t
       Vec<T> row[ROWS];
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
-        const T* entries = refocus + r * row_length + q;
+        const S* entries = refocus + r * row_length + q;
         row[r] = in_register(load_lanes(entries, q1 - q));
         if (c0 == 0) __builtin_prefetch(next + r * row_length + q - q0, 0, 2);
       }
@@ -107,9 +121,10 @@ void product(const T* refocus, int64_t row_length, const Unfolded<T>& u, int64_t
 }
 
 // `rows` kernels of one refocus group. `sums` has room for kRowGroup of them.
-template <typename T, int COLUMNS>
-void forward_rows(const RefocusProblem& p, const Unfolded<T>& u, const T* basis, const T* refocus, T* transformed,
-                  int64_t rows, Vec<T>* sums) {
+template <typename S, int COLUMNS>
+void forward_rows(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const S* basis, const S* refocus,
+                  S* transformed, int64_t rows, Vec<Compute<S>>* sums) {
+  using T = Compute<S>;
   constexpr int ROWS = kRows<COLUMNS>;
   const int64_t length = p.row_length(), columns = u.columns();
   for (int64_t k = 0; k < rows * columns; ++k) sums[k] = Vec<T>{};
@@ -117,37 +132,37 @@ void forward_rows(const RefocusProblem& p, const Unfolded<T>& u, const T* basis,
     const int64_t end = least(q + u.block(), length);
     int64_t r = 0;
     for (; r + ROWS <= rows; r += ROWS) {
-      const T* row = refocus + r * length;
-      const T* next = r + 2 * ROWS <= rows ? row + ROWS * length + q : refocus + end;
-      product<T, ROWS, COLUMNS>(row, length, u, q, end, next, sums + r * columns);
+      const S* row = refocus + r * length;
+      const S* next = r + 2 * ROWS <= rows ? row + ROWS * length + q : refocus + end;
+      product<S, ROWS, COLUMNS>(row, length, u, q, end, next, sums + r * columns);
     }
     for (; r < rows; ++r) {
-      const T* row = refocus + r * length;
-      product<T, 1, COLUMNS>(row, length, u, q, end, row + length + q, sums + r * columns);
+      const S* row = refocus + r * length;
+      product<S, 1, COLUMNS>(row, length, u, q, end, row + length + q, sums + r * columns);
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < p.kernel_size(); ++c) {
       const int64_t at = r * p.kernel_size() + c;
-      const T start = p.identity ? basis[at] : T(0);
-      transformed[at] = static_cast<T>(static_cast<double>(start) + sum<T>(sums[r * columns + c]));
+      const T start = p.identity ? load_one(basis + at) : T(0);
+      store_one(transformed + at, static_cast<T>(static_cast<double>(start) + sum<T>(sums[r * columns + c])));
     }
   }
 }
 
-template <typename T>
-inline void put(T* to, Vec<T> v, int64_t count, bool around) {
-  if (around) {
-    store_around_cache(to, v);
-  } else {
-    store_lanes(to, v, count);
+template <typename S>
+inline void put(S* to, Vec<Compute<S>> v, int64_t count, bool around) {
+  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
+    if (around) return store_around_cache(to, v);
   }
+  store_lanes(to, v, count);
 }
 
 // Entries [q0, q1) of ROWS rows of dW_r, the gradients of W_t held in registers: for kernels of COLUMNS taps.
-template <typename T, int ROWS, int COLUMNS>
-void backward_rows_held(const RefocusProblem& p, const Unfolded<T>& u, const T* grad, T* grad_refocus, int64_t q0,
-                        int64_t q1, bool around) {
+template <typename S, int ROWS, int COLUMNS>
+void backward_rows_held(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const Compute<S>* grad, S* grad_refocus,
+                        int64_t q0, int64_t q1, bool around) {
+  using T = Compute<S>;
   constexpr int64_t kLane = kLanes<T>;
   const int64_t length = p.row_length();
   Vec<T> dwt[ROWS * COLUMNS];
@@ -168,9 +183,10 @@ void backward_rows_held(const RefocusProblem& p, const Unfolded<T>& u, const T* 
 }
 
 // The same for kernels of any size.
-template <typename T, int ROWS>
-void backward_rows(const RefocusProblem& p, const Unfolded<T>& u, const T* grad, T* grad_refocus, int64_t q0,
-                   int64_t q1, bool around) {
+template <typename S, int ROWS>
+void backward_rows(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const Compute<S>* grad, S* grad_refocus,
+                   int64_t q0, int64_t q1, bool around) {
+  using T = Compute<S>;
   constexpr int64_t kLane = kLanes<T>;
   constexpr int kVectors = 2;  // that share each gradient of W_t
   const int64_t length = p.row_length(), size = p.kernel_size(), columns = u.columns();
@@ -189,7 +205,7 @@ void backward_rows(const RefocusProblem& p, const Unfolded<T>& u, const T* grad,
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      T* to = grad_refocus + r * length + q;
+      S* to = grad_refocus + r * length + q;
       put(to, sum[r * kVectors], q1 - q, around);
       if (q + kLane < q1) put(to + kLane, sum[r * kVectors + 1], q1 - q - kLane, around);
     }
@@ -209,16 +225,18 @@ void for_each_group(const RefocusProblem& p, int64_t begin, int64_t end, const W
 
 }  // namespace
 
-template <typename T>
-void refocus_wide_forward(const RefocusProblem& p, const T* basis, const T* refocus, T* transformed, int64_t begin,
+template <typename S>
+void refocus_wide_forward(const RefocusProblem& p, const S* basis, const S* refocus, S* transformed, int64_t begin,
                           int64_t end) {
+  using T = Compute<S>;
   const int at_once = columns_at_once(p.kernel_size());
-  const auto run = at_once == 5 ? forward_rows<T, 5> : at_once == 7 ? forward_rows<T, 7> : forward_rows<T, kWidest>;
+  const auto run = at_once == 5 ? forward_rows<S, 5> : at_once == 7 ? forward_rows<S, 7> : forward_rows<S, kWidest>;
   const int64_t size = p.kernel_size(), length = p.row_length();
   Unfolded<T> u(p);
+  Scratch<T> group(p.group_size * size);
   Scratch<Vec<T>> sums(kRowGroup * u.columns());
   for_each_group(p, begin, end, [&](int64_t first, int64_t n, int64_t last) {
-    u.fill(basis + first * size);
+    u.fill(computed(basis + first * size, p.group_size * size, group));
     for (; n < last; n += kRowGroup) {
       const int64_t rows = least(kRowGroup, last - n);
       run(p, u, basis + n * size, refocus + n * length, transformed + n * size, rows, sums.data());
@@ -226,39 +244,47 @@ void refocus_wide_forward(const RefocusProblem& p, const T* basis, const T* refo
   });
 }
 
-template <typename T>
-void refocus_wide_backward(const RefocusProblem& p, const T* grad_transformed, const T* basis, T* grad_refocus,
+template <typename S>
+void refocus_wide_backward(const RefocusProblem& p, const S* grad_transformed, const S* basis, S* grad_refocus,
                            int64_t begin, int64_t end) {
+  using T = Compute<S>;
   constexpr int kHeldRows = kRows<kWidest>;
   constexpr int kSharedRows = kVectorRegisters == 32 ? 8 : 4;
   const int64_t size = p.kernel_size(), length = p.row_length();
   const bool held = size == kWidest;
   const int64_t at_once = held ? kHeldRows : kSharedRows;
-  const auto run = held ? backward_rows_held<T, kHeldRows, kWidest> : backward_rows<T, kSharedRows>;
-  const auto run_one = held ? backward_rows_held<T, 1, kWidest> : backward_rows<T, 1>;
+  const auto run = held ? backward_rows_held<S, kHeldRows, kWidest> : backward_rows<S, kSharedRows>;
+  const auto run_one = held ? backward_rows_held<S, 1, kWidest> : backward_rows<S, 1>;
   Unfolded<T> u(p);
+  Scratch<T> group(p.group_size * size), rows(p.group_size * size);
   const int64_t block = round_up(u.block(), 2 * kLanes<T>);
   // The next reader is the optimizer, after the whole backward. Only where rows are made of whole aligned vectors.
-  const bool around = p.kernels * length * static_cast<int64_t>(sizeof(T)) >= kAroundBytes && length % kLanes<T> == 0 &&
+  const bool around = sizeof(S) == sizeof(T) && length % kLanes<T> == 0 &&
+                      p.kernels * length * static_cast<int64_t>(sizeof(S)) >= kAroundBytes &&
                       reinterpret_cast<uintptr_t>(grad_refocus) % sizeof(Vec<T>) == 0;
   for_each_group(p, begin, end, [&](int64_t first, int64_t group_begin, int64_t last) {
-    u.fill(basis + first * size);
+    u.fill(computed(basis + first * size, p.group_size * size, group));
+    const T* grad = computed(grad_transformed + group_begin * size, (last - group_begin) * size, rows);
     for (int64_t q = 0; q < length; q += block) {
       const int64_t q_end = least(q + block, length);
       int64_t n = group_begin;
       for (; n + at_once <= last; n += at_once) {
-        run(p, u, grad_transformed + n * size, grad_refocus + n * length, q, q_end, around);
+        run(p, u, grad + (n - group_begin) * size, grad_refocus + n * length, q, q_end, around);
       }
-      for (; n < last; ++n) run_one(p, u, grad_transformed + n * size, grad_refocus + n * length, q, q_end, around);
+      for (; n < last; ++n) {
+        run_one(p, u, grad + (n - group_begin) * size, grad_refocus + n * length, q, q_end, around);
+      }
     }
   });
   if (around) end_streams();
 }
 
-#define REFCONV_INSTANTIATE_WIDE(T)                                                                       \
-  template void refocus_wide_forward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t); \
-  template void refocus_wide_backward<T>(const RefocusProblem&, const T*, const T*, T*, int64_t, int64_t);
+#define REFCONV_INSTANTIATE_WIDE(S)                                                                       \
+  template void refocus_wide_forward<S>(const RefocusProblem&, const S*, const S*, S*, int64_t, int64_t); \
+  template void refocus_wide_backward<S>(const RefocusProblem&, const S*, const S*, S*, int64_t, int64_t);
 REFCONV_INSTANTIATE_WIDE(float)
 REFCONV_INSTANTIATE_WIDE(double)
+REFCONV_INSTANTIATE_WIDE(BFloat16)
+REFCONV_INSTANTIATE_WIDE(Half)
 
 }  // namespace refconv::cpu::REFCONV_ISA

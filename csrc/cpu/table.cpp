@@ -10,8 +10,8 @@ constexpr GroupedKernels<S> kGrouped = {
     depthwise_nhwc_backward<S>, depthwise_nhwc_reduce<S>,
 };
 
-template <typename T>
-constexpr RefocusKernels<T> kRefocus = {refocus_forward<T>, refocus_backward<T>};
+template <typename S>
+constexpr RefocusKernels<S> kRefocus = {refocus_forward<S>, refocus_backward<S>};
 
 template <typename S>
 constexpr ThinKernels<S> kThin = {thin_forward<S>, thin_backward<S>};
@@ -20,8 +20,9 @@ constexpr ThinKernels<S> kThin = {thin_forward<S>, thin_backward<S>};
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    kGrouped<float>, kGrouped<double>, kGrouped<BFloat16>, kGrouped<Half>, kRefocus<float>,    kRefocus<double>,
-    kThin<float>,    kThin<double>,    kThin<BFloat16>,    kThin<Half>,    folded_adam<float>, folded_adam<double>,
+    kGrouped<float>,  kGrouped<double>,   kGrouped<BFloat16>, kGrouped<Half>,      kRefocus<float>,
+    kRefocus<double>, kRefocus<BFloat16>, kRefocus<Half>,     kThin<float>,        kThin<double>,
+    kThin<BFloat16>,  kThin<Half>,        folded_adam<float>, folded_adam<double>,
 };
 
 }  // namespace refconv::cpu::REFCONV_ISA

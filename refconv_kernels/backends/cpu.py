@@ -15,8 +15,8 @@ from torch import Tensor
 
 from refconv_kernels.geometry import is_channels_last
 
-_REFOCUS_DTYPES = (torch.float32, torch.float64)
-_CONV_DTYPES = (*_REFOCUS_DTYPES, torch.bfloat16, torch.float16)
+_ADAM_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (*_ADAM_DTYPES, torch.bfloat16, torch.float16)
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)  # PyTorch runs them with oneDNN, the others far slower
 _MOST_PER_GROUP = 16  # input channels of a group: a thread holds that many padded planes
 _WIDE_ROW = 64  # entries of W_r per 2-D kernel from which the kernel takes a matrix product (csrc/cpu/refocus.cpp)
@@ -55,7 +55,7 @@ def _limits(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> str |
 
 def refocus_weight_limits(basis: Tensor, refocus: Tensor) -> str | None:
     """Why the ``refocus_weight`` kernel does not cover this problem; None when it does."""
-    return _limits(basis, "basis", _REFOCUS_DTYPES)
+    return _limits(basis, "basis", _DTYPES)
 
 
 def refocus_weight_slower(basis: Tensor, refocus: Tensor) -> str | None:
@@ -69,7 +69,7 @@ def refocus_weight_slower(basis: Tensor, refocus: Tensor) -> str | None:
 
 def thin_refocus_weight_limits(basis: Tensor, coordinates: Tensor, factor: Tensor) -> str | None:
     """Why the ``thin_refocus_weight`` kernel does not cover this problem; None when it does."""
-    return _limits(basis, "basis", _CONV_DTYPES)
+    return _limits(basis, "basis", _DTYPES)
 
 
 def thin_refocus_weight_slower(basis: Tensor, coordinates: Tensor, factor: Tensor) -> str | None:
@@ -83,7 +83,7 @@ def grouped_conv2d_limits(input: Tensor, weight: Tensor, groups: int, out_width:
         return "groups (=1): the kernel is for grouped and depthwise convolutions"
     if weight.shape[1] > _MOST_PER_GROUP:
         return f"in_channels / groups (={weight.shape[1]}), the kernel covers at most {_MOST_PER_GROUP}"
-    return _limits(input, "input", _CONV_DTYPES)
+    return _limits(input, "input", _DTYPES)
 
 
 def grouped_conv2d_slower(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:
@@ -127,7 +127,7 @@ def thin_refconv2d_slower(
 
 def folded_adam_limits(first: Tensor) -> str | None:
     """Why the ``folded_adam`` kernel does not cover this problem; None when it does."""
-    return _limits(first, "first", _REFOCUS_DTYPES)
+    return _limits(first, "first", _ADAM_DTYPES)
 
 
 def folded_adam_slower(first: Tensor) -> None:

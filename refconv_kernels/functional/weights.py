@@ -61,9 +61,10 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
 
     dtype = basis.dtype
     with no_autocast(basis):
-        if dtype in HALVES:
+        backend = choose("refocus_weight", basis, refocus, optional=dtype in HALVES)
+        if backend == "reference" and dtype in HALVES:
             basis, refocus = basis.float(), refocus.float()
-        backend = choose("refocus_weight", basis, refocus)
+            backend = choose("refocus_weight", basis, refocus)
         if backend == "reference":
             transformed = reference.refocus_weight(basis, refocus, identity)
         else:

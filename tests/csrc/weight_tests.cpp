@@ -106,6 +106,8 @@ void test_thin_all(const refconv::cpu::InstructionSet& set) {
 void test_weights(const InstructionSet& set) {
   test_refocus_all<float>(set);
   test_refocus_all<double>(set);
+  test_refocus_all<BFloat16>(set);
+  test_refocus_all<Half>(set);
   test_thin_all<float>(set);
   test_thin_all<double>(set);
   test_thin_all<BFloat16>(set);
