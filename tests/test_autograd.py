@@ -122,7 +122,8 @@ def test_vmap_over_inputs_and_weights(backend: str) -> None:
 
 
 def test_vmap_over_the_thin_form(backend: str) -> None:
-    xs, bases, coordinates = torch.randn(3, 2, 4, 5, 5), torch.randn(3, 4, 1, 3, 3), torch.randn(3, 4, 9)
+    shapes = (3, 2, 4, 5, 5), (3, 4, 1, 3, 3), (3, 4, 9)
+    xs, bases, coordinates = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     factors = torch.stack([functional.refocus_factor(basis, 4) for basis in bases])
     call = lambda x, b, e, r: functional.thin_refconv2d(x, b, e, r, padding=1, groups=4)  # noqa: E731
     grad = torch.func.grad(lambda e, x, b, r: call(x, b, e, r).square().sum())
