@@ -95,9 +95,6 @@ def grouped_conv2d_slower(input: Tensor, weight: Tensor, groups: int, out_width:
         return f"in_channels / groups (={per_group}) is a multiple of 8: PyTorch's is faster"
     if per_group > 1 and (is_channels_last(input) or is_channels_last(weight)):
         return "channels_last would be copied to NCHW and back: PyTorch's is faster"
-    small = weight.shape[2] * weight.shape[3] <= 9 and input.shape[-1] <= out_width <= 14
-    if input.dtype == torch.bfloat16 and small and is_channels_last(input):
-        return f"bfloat16, channels_last, rows of {out_width}: PyTorch's is faster"
     return None
 
 
