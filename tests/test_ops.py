@@ -197,7 +197,7 @@ def _channels_last(argument: object) -> object:
         ),
         (
             "refocus_weight",
-            {i: t.half() for i, t in enumerate((torch.randn(6, 1, 3, 3), torch.randn(6, 6, 3, 3)))},
+            {i: t.cfloat() for i, t in enumerate((torch.randn(6, 1, 3, 3), torch.randn(6, 6, 3, 3)))},
             "dtype must be float32 or float64",
         ),
         ("refconv2d", {2: torch.randn(6, 4, 3, 3)}, "must divide"),

@@ -16,6 +16,7 @@ from refconv_kernels.autograd.weights import (
     RefocusWeightBackward,
     ThinRefocusWeight,
     ThinRefocusWeightBackward,
+    basis_gradient,
 )
 from refconv_kernels.ops import KERNELS
 
@@ -66,8 +67,7 @@ class RefConv2d(Function):
             grad_input, grad_weight, grad_refocus, grad_bias = run(*arguments)
         grad_basis: Tensor | None = None
         if need_basis:
-            needs_basis = (True, False)
-            grad_basis = reference.refocus_weight_backward(grad_weight, basis, refocus, ctx.identity, *needs_basis)[0]
+            grad_basis = basis_gradient(grad_weight, basis, refocus, ctx.identity)
         grads = (grad_input, grad_basis, grad_refocus, grad_bias)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
 

@@ -9,8 +9,19 @@ from torch import Tensor
 from torch.autograd import Function
 
 from refconv_kernels import reference
+from refconv_kernels.autocast import HALVES
 from refconv_kernels.autograd.calls import derive
 from refconv_kernels.ops import KERNELS
+
+
+def basis_gradient(grad: Tensor, basis: Tensor, refocus: Tensor, identity: bool) -> Tensor:
+    """``dW_b`` from ``(dW_t, W_b, W_r)``, by the reference path; halves in float32, rounded once."""
+    dtype = basis.dtype
+    if dtype in HALVES:
+        grad, basis, refocus = grad.float(), basis.float(), refocus.float()
+    found, _ = reference.refocus_weight_backward(grad, basis, refocus, identity, True, False)
+    assert found is not None
+    return found.to(dtype)
 
 
 class RefocusWeight(Function):
@@ -30,7 +41,7 @@ class RefocusWeight(Function):
         basis, refocus = ctx.saved_tensors
         grad_basis = grad_refocus = None
         if ctx.needs_input_grad[0]:
-            grad_basis, _ = reference.refocus_weight_backward(grad, basis, refocus, ctx.identity, True, False)
+            grad_basis = basis_gradient(grad, basis, refocus, ctx.identity)
         if ctx.needs_input_grad[1]:
             _, group_size, map_size, _ = refocus.shape
             grad_refocus = derive(RefocusWeightBackward, grad, basis, group_size, map_size, ctx.backend)
@@ -60,7 +71,7 @@ class RefocusWeightBackward(Function):
         if ctx.needs_input_grad[0]:
             grad_grad = reference.refocus_weight(basis, grad_grad_refocus, False)
         if ctx.needs_input_grad[1]:
-            grad_basis, _ = reference.refocus_weight_backward(grad, basis, grad_grad_refocus, False, True, False)
+            grad_basis = basis_gradient(grad, basis, grad_grad_refocus, False)
         return grad_grad, grad_basis, None, None, None
 
     @staticmethod
