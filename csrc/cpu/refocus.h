@@ -9,6 +9,9 @@
 
 namespace refconv::cpu::REFCONV_ISA {
 
+// Of dW_r, from which it is written around the cache: the next reader is the optimizer, after the whole backward.
+constexpr int64_t kAroundBytes = 4 << 20;
+
 // Many kernels per refocus group: a matrix product with the unfolded basis.
 template <typename S>
 void refocus_wide_forward(const RefocusProblem& p, const S* basis, const S* refocus, S* transformed, int64_t begin,

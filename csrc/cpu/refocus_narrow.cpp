@@ -13,6 +13,7 @@
 #include "entry_points.h"
 #include "refocus.h"
 #include "simd.h"
+#include "streaming.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
@@ -86,8 +87,10 @@ bool one_3x3(const RefocusProblem& p) {
   return p.group_size == 1 && p.kernel_h == 3 && p.kernel_w == 3 && p.map_size == 3;
 }
 
-// Both directions of 3 x 3 kernels with 3 x 3 taps: `factors` are W_r or dW_t. `start` is W_b or absent.
-void permuted(const float* basis, const float* factors, bool start, float* result, int64_t begin, int64_t end) {
+// Both directions of 3 x 3 kernels with 3 x 3 taps: `factors` are W_r or dW_t. `start` is W_b or absent. `around`: the
+// result is written around the cache.
+void permuted(const float* basis, const float* factors, bool start, float* result, int64_t begin, int64_t end,
+              bool around) {
   constexpr int64_t kSize = 9, kZeroLane = 15;
   __m512i lanes[kSize];
   for (int64_t s = 0; s < kSize; ++s) {
@@ -99,18 +102,30 @@ void permuted(const float* basis, const float* factors, bool start, float* resul
     }
     lanes[s] = _mm512_loadu_si512(index);
   }
-  // Whole vectors are stored in ascending order: what they write behind a kernel is overwritten by the next one.
-  const float* result_end = result + end * kSize;
-  const auto one = [&](int64_t n, __m512 kernel) {
+  const auto one = [&](int64_t n, __m512 kernel, float* to, const float* to_end) {
     __m512 even = start ? kernel : _mm512_setzero_ps(), odd = _mm512_setzero_ps();
 #pragma GCC unroll 16
     for (int s = 0; s < kSize; ++s) {
       const __m512 seen = _mm512_permutexvar_ps(lanes[s], kernel), factor = _mm512_set1_ps(factors[n * kSize + s]);
       (s % 2 == 0 ? even : odd) = _mm512_fmadd_ps(factor, seen, s % 2 == 0 ? even : odd);
     }
-    store_ahead(result + n * kSize, (Vec<float>)_mm512_add_ps(even, odd), kSize, result_end);
+    store_ahead(to, (Vec<float>)_mm512_add_ps(even, odd), kSize, to_end);
   };
-  for (int64_t n = begin; n < end; ++n) one(n, (__m512)load_partial(basis + n * kSize, kSize));
+  // Whole vectors are stored in ascending order: what they write behind a kernel is overwritten by the next one.
+  const auto some = [&](int64_t first, int64_t last, float* to) {
+    const float* to_end = to + (last - first) * kSize;
+    for (int64_t n = first; n < last; ++n, to += kSize)
+      one(n, (__m512)load_partial(basis + n * kSize, kSize), to, to_end);
+  };
+  if (!around) return some(begin, end, result + begin * kSize);
+  constexpr int64_t kAtOnce = 64;
+  alignas(64) float held[kAtOnce * kSize];
+  for (int64_t n = begin; n < end; n += kAtOnce) {
+    const int64_t count = least(kAtOnce, end - n);
+    some(n, n + count, held);
+    stream(result + n * kSize, held, count * kSize);
+  }
+  end_streams();
 }
 
 #endif
@@ -122,7 +137,7 @@ void refocus_narrow_forward(const RefocusProblem& p, const S* basis, const S* re
                             int64_t end) {
 #if REFCONV_PERMUTES
   if constexpr (std::is_same_v<S, float>) {
-    if (one_3x3(p)) return permuted(basis, refocus, p.identity, transformed, begin, end);
+    if (one_3x3(p)) return permuted(basis, refocus, p.identity, transformed, begin, end, false);
   }
 #endif
   const auto run = narrow<S>(p).forward;
@@ -138,7 +153,10 @@ void refocus_narrow_backward(const RefocusProblem& p, const S* grad_transformed,
                              int64_t begin, int64_t end) {
 #if REFCONV_PERMUTES
   if constexpr (std::is_same_v<S, float>) {
-    if (one_3x3(p)) return permuted(basis, grad_transformed, false, grad_refocus, begin, end);
+    if (one_3x3(p)) {
+      const bool around = p.kernels * p.row_length() * static_cast<int64_t>(sizeof(float)) >= kAroundBytes;
+      return permuted(basis, grad_transformed, false, grad_refocus, begin, end, around);
+    }
   }
 #endif
   const auto run = narrow<S>(p).backward;

@@ -19,8 +19,6 @@ namespace {
 constexpr int64_t kBlockBytes = 16384;  // of U per pass: half the first cache
 constexpr int64_t kRowGroup = 24;       // rows of W_r that use a block of U before the next one
 
-constexpr int64_t kAroundBytes = 4 << 20;  // of dW_r, from which it is written around the cache
-
 // Columns of U in registers at once, so that few are wasted: they are padded to a multiple of it.
 constexpr int kWidest = 9;
 inline int columns_at_once(int64_t kernel_size) { return kernel_size == 25 ? 5 : kernel_size == 49 ? 7 : kWidest; }

@@ -4,7 +4,7 @@
 // Rows of a few pixels leave lanes idle, and whatever is done per plane (copying, weights, sums over lanes) outweighs
 // its multiply-adds. Turned, a block of planes shares all of it, dW needs no sum over lanes, and a row has no tail.
 // Ownership: forward, planes; backward, channels over the whole batch. A lane sees its own channel only, so results do
-// not depend on the blocks. Accumulation: in the compute type; dW and dbias in double over about a thousand pixels.
+// not depend on the blocks. Accumulation: in the compute type; dW and dbias in double over a few hundred pixels.
 #include "turned_planes.h"
 
 #include "elements.h"
@@ -17,7 +17,7 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-constexpr int64_t kTermsInLanes = 1024;  // added up in one lane before they move on to a double
+constexpr int64_t kTermsInLanes = 256;  // added up in one lane before they move on to a double
 
 // One block of channels: what is turned in and out, and what is fetched meanwhile. MAPS: ImageMaps or PaddedMaps.
 template <typename S, typename Maps>

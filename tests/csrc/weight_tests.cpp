@@ -108,6 +108,9 @@ void test_weights(const InstructionSet& set) {
   test_refocus_all<double>(set);
   test_refocus_all<BFloat16>(set);
   test_refocus_all<Half>(set);
+  // dW_r large enough to be written around the cache.
+  test_refocus(set.kernels.refocus<float>(), set.name, RefocusProblem{116600, 1, 3, 3, 3, false});
+  test_refocus(set.kernels.refocus<float>(), set.name, RefocusProblem{352, 352, 3, 3, 3, false});
   test_thin_all<float>(set);
   test_thin_all<double>(set);
   test_thin_all<BFloat16>(set);
