@@ -94,6 +94,28 @@ def test_results_do_not_depend_on_threads(case: Case) -> None:
 @needs_native
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(
+    ("kernel", "stride", "size"), [(3, 1, (19, 40)), (3, 2, (19, 40)), (3, 1, (5, 4)), (5, 1, (9, 8))]
+)
+def test_convolutions_do_not_depend_on_threads(
+    kernel: int, stride: int, size: tuple[int, int], layout: torch.memory_format
+) -> None:
+    x, weight = torch.randn(5, 23, *size).contiguous(memory_format=layout), torch.randn(23, 1, kernel, kernel)
+    pairs = [[s, s] for s in (stride, kernel // 2, 1)]
+    ops, before, results = torch.ops.refconv_cpu, torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            y = ops.grouped_conv2d(x, weight, None, *pairs)
+            results.append([y, *ops.grouped_conv2d_backward(y, x, weight, *pairs, True, True, True)])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
     ("size", "stride", "padding"), [((5, 7), 1, 0), ((5, 7), 1, 1), ((9, 40), 1, 1), ((24, 24), 2, 1), ((9, 70), 1, 0)]
 )
 def test_infinity_reaches_only_the_taps_that_see_it(
