@@ -1,7 +1,7 @@
 # demo, test, bench, check (lint and test): each sets up everything it needs by itself, in $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
-WORKERS ?= 2
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 

@@ -12,15 +12,19 @@ namespace refconv::cpu {
   }
 
 REFCONV_DECLARE_ISA(portable)
-#ifdef REFCONV_X86
+#ifdef REFCONV_AVX2
 REFCONV_DECLARE_ISA(avx2)
-REFCONV_DECLARE_ISA(avx512)
+#endif
+#ifdef REFCONV_AVX512VL
 REFCONV_DECLARE_ISA(avx512vl)
+#endif
+#ifdef REFCONV_AVX512
+REFCONV_DECLARE_ISA(avx512)
 #endif
 
 namespace {
 
-#ifdef REFCONV_X86
+#if defined(REFCONV_AVX512) || defined(REFCONV_AVX512VL)
 bool runs_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
@@ -28,10 +32,14 @@ bool runs_avx512() {
 #endif
 
 const InstructionSet kInstructionSets[] = {
-#ifdef REFCONV_X86
+#ifdef REFCONV_AVX512
     {"avx512", 64, runs_avx512, avx512::kernels},
+#endif
+#ifdef REFCONV_AVX512VL
     // Half the width with the same 32 registers and masks: for rows that would leave lanes of the above idle.
     {"avx512vl", 32, runs_avx512, avx512vl::kernels},
+#endif
+#ifdef REFCONV_AVX2
     {"avx2", 32,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      avx2::kernels},
