@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -74,21 +74,30 @@ def test_build_info() -> None:
     assert info["torch_headers"]
 
 
+def require_same_for_any_threads(compute: Callable[[], list[torch.Tensor]]) -> None:
+    """The same bits for 1, 2, 3 and 7 threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(compute())
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 @needs_native
 @pytest.mark.parametrize("case", [Case("many_planes", 23, 23, (3, 3), 23, batch=5), *DEPTHWISE[:3]], ids=str)
 def test_results_do_not_depend_on_threads(case: Case) -> None:
     x = case.input(torch.float32)
     full, thin = case.tensors(torch.float32), case.thin_tensors(torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            with use_backend("cpu"):
-                results.append(run(case, [x, *full]) + run(case, [x, *thin]))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+    def results() -> list[torch.Tensor]:
+        with use_backend("cpu"):
+            return run(case, [x, *full]) + run(case, [x, *thin])
+
+    require_same_for_any_threads(results)
 
 
 @needs_native
@@ -101,16 +110,14 @@ def test_convolutions_do_not_depend_on_threads(
 ) -> None:
     x, weight = torch.randn(5, 23, *size).contiguous(memory_format=layout), torch.randn(23, 1, kernel, kernel)
     pairs = [[s, s] for s in (stride, kernel // 2, 1)]
-    ops, before, results = torch.ops.refconv_cpu, torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            y = ops.grouped_conv2d(x, weight, None, *pairs)
-            results.append([y, *ops.grouped_conv2d_backward(y, x, weight, *pairs, True, True, True)])
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    ops = torch.ops.refconv_cpu
+    dy = ops.grouped_conv2d(x, weight, None, *pairs)
+
+    def results() -> list[torch.Tensor]:
+        y = ops.grouped_conv2d(x, weight, None, *pairs)
+        return [y, *ops.grouped_conv2d_backward(dy, x, weight, *pairs, True, True, True)]
+
+    require_same_for_any_threads(results)
 
 
 @needs_native

@@ -136,9 +136,9 @@ void backward_blocks(const GroupedProblem& p, const S* grad_y, const S* x, const
   if (streamed) end_streams();
 }
 
-// Whether a problem is so small that pixel by pixel is faster than row by row.
+// Whether a problem is so small, padding included, that pixel by pixel is faster than row by row.
 bool is_tiny_3x3(const GroupedProblem& p) {
-  return p.kernel_h == 3 && p.kernel_w == 3 && p.in_size() + p.out_size() <= 256;
+  return p.kernel_h == 3 && p.kernel_w == 3 && (p.in_h + 2 * p.pad_h) * (p.in_w + 2 * p.pad_w) <= 256;
 }
 
 }  // namespace

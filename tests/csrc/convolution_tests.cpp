@@ -193,7 +193,8 @@ void test_grouped_all(const refconv::cpu::InstructionSet& set) {
     test_grouped(kernels, isa, depthwise(channels, 1, 4, 5, 3, 3, 6, 7, 0, 1, 1, 1));
   }
   test_grouped(kernels, isa, depthwise(4, 3, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
-  test_grouped(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));    // more padding than kernel
+  test_grouped(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));  // more padding than kernel
+  test_grouped(kernels, isa, depthwise(1, 1, 4, 5, 3, 3, 1, 1, 99999, 99999, 99999, 99999));  // which no scratch holds
   test_grouped(kernels, isa, depthwise(1, 1, 3, 3, 2, 2, 5, 5, 0, 0, 1, 1));    // stride beyond the kernel
   test_grouped(kernels, isa, depthwise(1, 2, 13, 14, 4, 6, 4, 6, 1, 2, 6, 4));  // strides and dilations in common
   test_grouped(kernels, isa, depthwise(1, 1, 20, 40, 11, 31, 1, 1, 5, 15, 1, 1));
