@@ -103,7 +103,8 @@ def test_results_do_not_depend_on_threads(case: Case) -> None:
 @needs_native
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "size"), [(3, 1, (19, 40)), (3, 2, (19, 40)), (3, 1, (5, 4)), (5, 1, (9, 8))]
+    ("kernel", "stride", "size"),
+    [(3, 1, (19, 40)), (3, 2, (19, 40)), (3, 1, (7, 7)), (3, 2, (14, 14)), (3, 1, (5, 4)), (5, 1, (9, 8))],
 )
 def test_convolutions_do_not_depend_on_threads(
     kernel: int, stride: int, size: tuple[int, int], layout: torch.memory_format
@@ -160,10 +161,10 @@ def test_one_call_gives_what_the_two_steps_give(layout: torch.memory_format, dty
 
 @needs_native
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize(("width", "stride"), [(256, 1), (250, 2)])
+@pytest.mark.parametrize(("width", "stride"), [(256, 1), (250, 2), (8, 1)])
 def test_outputs_written_around_the_cache(width: int, stride: int, layout: torch.memory_format) -> None:
     """From 16 MB on; narrower ones are every other test."""
-    case = Case("large", 32, 32, (3, 3), 32, stride=(stride, stride), height=288, width=width)
+    case = Case("large", 32, 32, (3, 3), 32, stride=(stride, stride), height=73728 // width, width=width)
     assert case.input(torch.float32).nbytes >= 16 << 20
     check(case, "cpu", torch.float32, layout)
 

@@ -12,9 +12,11 @@ namespace {
 template <typename S>
 const refconv::cpu::GroupedKernels<S>& grouped_kernels(const GroupedProblem& p, bool nhwc) {
   // What lies along a vector: channels, or columns of the output in both directions. Wide planes of the 3x3 kernels
-  // gain more from wide vectors than they lose by lanes left idle.
+  // gain more from wide vectors than they lose by lanes left idle, and narrow ones share them.
   const bool channels = nhwc || cpu::has_turned_planes(p);
-  if (!channels && cpu::has_planes_3x3(p) && p.out_w > 48) return cpu::instruction_set().kernels.grouped<S>();
+  if (!channels && cpu::has_planes_3x3(p) && (p.out_w > 48 || cpu::has_twin_planes(p, sizeof(S)))) {
+    return cpu::instruction_set().kernels.grouped<S>();
+  }
   const int64_t width = channels ? p.channels : p.out_w;
   return refconv::cpu::instruction_set_for_rows(width, sizeof(refconv::Compute<S>)).kernels.grouped<S>();
 }

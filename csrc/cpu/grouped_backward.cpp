@@ -22,6 +22,23 @@ namespace {
 constexpr int64_t kTotalsBytes = 32768;  // of running weight gradients per thread: the first cache
 constexpr int64_t kTermsInLanes = 1024;  // added up in one lane before they move on to a double
 
+// Goes through the planes of some channels, image by image, `together` channels at a time.
+class Steps {
+ public:
+  Steps(int64_t batch, int64_t channels, int64_t count, int64_t together)
+      : batch_(batch), channels_(channels), together_(together), per_image_(ceil_div(count, together)) {}
+  int64_t per_image() const { return per_image_; }
+  // How many planes further the one of `further` steps on lies; zero where there is none.
+  int64_t distance(int64_t image, int64_t step, int64_t further) const {
+    int64_t to = step + further, images = 0;
+    for (; to >= per_image_; to -= per_image_) ++images;
+    return image + images < batch_ ? images * channels_ + (to - step) * together_ : 0;
+  }
+
+ private:
+  const int64_t batch_, channels_, together_, per_image_;
+};
+
 // The planes of channels `begin` to `end` - 1, each by `backward`, a Backward or Backward3x3.
 template <typename S, typename PlaneBackward>
 void backward_planes(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
@@ -29,39 +46,46 @@ void backward_planes(const GroupedProblem& p, const S* grad_y, const S* x, const
   using T = Compute<S>;
   constexpr int64_t kLane = kLanes<T>;
   // A block of channels at a time: the planes of neighbouring channels lie side by side in memory, those of one
-  // channel do not. Per output channel: its taps, then its bias.
-  const int64_t totals = (p.taps() + 1) * kLane, per_channel = p.multiplier * totals;
-  const int64_t fitting = kTotalsBytes / (per_channel * static_cast<int64_t>(sizeof(T) + sizeof(double)));
-  const int64_t block = most(1, least(fitting, end - begin));
-  Scratch<T> lanes(block * per_channel);
-  Scratch<double> total(block * per_channel);
-  Scratch<S> unwanted(grad_x == nullptr ? p.in_size() : 0);  // where dx goes when nobody wants it
+  // channel do not. Per output channel: its taps, then its bias; channels that are computed together share the lanes.
+  const int64_t together = backward.together(), own_lanes = kLane / together, ahead = backward.steps_ahead();
+  const int64_t totals = (p.taps() + 1) * kLane, per_step = p.multiplier * totals;
+  const int64_t fitting = kTotalsBytes / (per_step * static_cast<int64_t>(sizeof(T) + sizeof(double))) * together;
+  const int64_t block = most(together, least(fitting, end - begin)), per_block = ceil_div(block, together) * per_step;
+  Scratch<T> lanes(per_block);
+  Scratch<double> total(per_block);
+  Scratch<S> unwanted(grad_x == nullptr ? together * p.in_size() : 0);  // where dx goes when nobody wants it
 
   for (int64_t first = begin; first < end; first += block) {
     const int64_t count = least(block, end - first);
+    const Steps steps(p.batch, p.channels, count, together);
     total.clear();
     int64_t terms = 0;
     for (int64_t n = 0; n < p.batch; ++n) {
-      for (int64_t c = 0; c < count; ++c) {
-        const int64_t plane = n * p.channels + first + c;
+      int64_t group = first / p.per_group, member = first % p.per_group;
+      for (int64_t step = 0; step < steps.per_image(); ++step) {
+        const int64_t channel = first + step * together, plane = n * p.channels + channel;
         S* dx = grad_x != nullptr ? grad_x + plane * p.in_size() : unwanted.data();
-        const int64_t out_channel = (first + c) / p.per_group * p.multiplier, member = (first + c) % p.per_group;
+        const int64_t out_channel = group * p.multiplier;
         backward.run(x + plane * p.in_size(), dx, grad_y + (n * p.out_channels() + out_channel) * p.out_size(),
-                     weight + (out_channel * p.per_group + member) * p.taps(), lanes.data() + c * per_channel,
-                     grad_bias != nullptr && member == 0, c + 1 == count);
+                     weight + (out_channel * p.per_group + member) * p.taps(), lanes.data() + step * per_step,
+                     grad_bias != nullptr && member == 0, least(together, first + count - channel),
+                     steps.distance(n, step, ahead));
+        member += together;  // one where a group has several channels
+        if (member >= p.per_group) member = 0, group += together;
       }
       terms += backward.terms();
       if (terms < kTermsInLanes && n + 1 < p.batch) continue;
       terms = 0;
-      for (int64_t k = 0; k < count * per_channel; ++k) total[k] += static_cast<double>(lanes[k]);
+      for (int64_t k = 0; k < per_block; ++k) total[k] += static_cast<double>(lanes[k]);
       lanes.clear();
     }
     for (int64_t k = 0; k < count * p.multiplier; ++k) {
-      const int64_t channel = first + k / p.multiplier, member = channel % p.per_group;
-      const int64_t out_channel = channel / p.per_group * p.multiplier + k % p.multiplier;
+      const int64_t c = k / p.multiplier, m = k % p.multiplier, channel = first + c, member = channel % p.per_group;
+      const int64_t out_channel = channel / p.per_group * p.multiplier + m;
+      const double* sums = total.data() + c / together * per_step + m * totals + c % together * own_lanes;
       const auto sum_of = [&](int64_t tap) {
         double sum = 0;
-        for (int64_t lane = 0; lane < kLane; ++lane) sum += total[k * totals + tap * kLane + lane];
+        for (int64_t lane = 0; lane < own_lanes; ++lane) sum += sums[tap * kLane + lane];
         return sum;
       };
       if (grad_bias != nullptr && member == 0) store_one(grad_bias + out_channel, static_cast<T>(sum_of(p.taps())));
@@ -79,6 +103,13 @@ void backward_planes(const GroupedProblem& p, const S* grad_y, const S* x, const
   end_streams();
 }
 
+template <typename S, int STRIDE>
+void backward_3x3(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
+                  S* grad_bias, int64_t begin, int64_t end) {
+  Backward3x3<S, STRIDE> backward(p, grad_x);
+  backward_planes(p, grad_y, x, weight, grad_x, grad_weight, grad_bias, begin, end, backward);
+}
+
 }  // namespace
 
 template <typename S>
@@ -86,8 +117,8 @@ void grouped_backward(const GroupedProblem& p, const S* grad_y, const S* x, cons
                       S* grad_bias, int64_t begin, int64_t end) {
   if (has_turned_planes(p)) return turned_backward(p, grad_y, x, weight, grad_x, grad_weight, grad_bias, begin, end);
   if (kVectorRegisters == 32 && has_planes_3x3(p)) {
-    Backward3x3<S> backward(p, grad_x);
-    return backward_planes(p, grad_y, x, weight, grad_x, grad_weight, grad_bias, begin, end, backward);
+    const auto run = p.stride_h == 1 ? backward_3x3<S, 1> : backward_3x3<S, 2>;
+    return run(p, grad_y, x, weight, grad_x, grad_weight, grad_bias, begin, end);
   }
   Backward<S> backward(p);
   backward_planes(p, grad_y, x, weight, grad_x, grad_weight, grad_bias, begin, end, backward);

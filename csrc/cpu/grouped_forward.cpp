@@ -230,7 +230,9 @@ void grouped_forward(const GroupedProblem& p, const S* x, const S* weight, const
                      int64_t end) {
   using T = Compute<S>;
   if (has_turned_planes(p)) return turned_forward(p, x, weight, bias, y, begin, end);
-  if (has_planes_3x3(p)) return forward_3x3(p, x, weight, bias, y, begin, end);
+  if (has_planes_3x3(p)) {
+    return (p.stride_h == 1 ? forward_3x3<S, 1> : forward_3x3<S, 2>)(p, x, weight, bias, y, begin, end);
+  }
   const Plane plane = Plane::of<T>(p);
   const auto run = p.per_group == 1 ? correlation<S, false>(p) : correlation<S, true>(p);
   const bool streamed = streams(p.batch * p.out_channels() * p.out_size() * static_cast<int64_t>(sizeof(S)));

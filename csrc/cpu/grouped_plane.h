@@ -59,10 +59,13 @@ class Backward {
   // Terms that one call of run adds to a lane of dW at most.
   int64_t terms() const { return rows_ * ceil_div(x_pitch_, kLanes<T>); }
 
+  int64_t together() const { return 1; }  // planes at a time
+  int64_t steps_ahead() const { return 1; }
+
   // One plane of x and the `multiplier` planes of dy of its group: writes dx, and adds to `sums` what each of dy's
-  // planes finds at its taps and, if wanted, behind them, for the bias: [multiplier, taps + 1, lanes]. Unless this is
-  // the last one, the next plane follows this one in memory.
-  void run(const S* x, S* grad_x, const S* grad_y, const S* weight, T* sums, bool want_bias, bool last) {
+  // planes finds at its taps and, if wanted, behind them, for the bias: [multiplier, taps + 1, lanes]. The next one
+  // lies `ahead` planes further, unless that is zero.
+  void run(const S* x, S* grad_x, const S* grad_y, const S* weight, T* sums, bool want_bias, int64_t, int64_t ahead) {
     const int64_t per_plane = (p_.taps() + 1) * kLanes<T>;
     for (int64_t u = 0; u < rows_; u += held_) {
       const int64_t rows = least(held_, rows_ - u);
@@ -75,7 +78,7 @@ class Backward {
           const S* from = weight + m * p_.per_group * p_.taps();
           for (int64_t t = 0; t < p_.taps(); ++t) weight_[t] = load_one(from + t);
         }
-        const bool more = !last || m + 1 < p_.multiplier;
+        const bool more = ahead == 1 || m + 1 < p_.multiplier;
         for (int64_t v = 0; v < rows; v += strip_) {
           const int64_t count = least(strip_, rows - v);
           if (!in_place_) fetch_ahead(x, grad_y + m * p_.out_size(), u + v, count, more);

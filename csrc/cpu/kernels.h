@@ -107,6 +107,11 @@ template <> inline FoldedAdamKernel<double> Kernels::folded_adam() const { retur
          p.stride_h <= 2 && p.pad_h == 1 && p.pad_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 && p.out_w > kNarrow;
 }
 
+// Whether these planes, of a type of so many bytes, are so narrow that two of their rows go into a vector of 16 floats.
+[[maybe_unused]] static bool has_twin_planes(const GroupedProblem& p, int64_t element_bytes) {
+  return has_planes_3x3(p) && element_bytes == 4 && p.out_w <= 8 && p.in_w <= 16;
+}
+
 // Whether planes are so small that a block of channels is turned into the lanes of vectors (turned_planes.cpp).
 [[maybe_unused]] static bool has_turned_planes(const GroupedProblem& p) {
   constexpr int64_t kMost = 400;  // pixels of x and y: the turned maps of a block of channels stay near the first cache

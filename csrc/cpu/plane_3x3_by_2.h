@@ -12,15 +12,17 @@ struct Pair {
   Vec<T> even, odd;
 };
 
-// `left` pixels are in the row from `from` on; those beyond are zero.
+// Of a row of which `width` pixels follow; those beyond are zero.
 template <typename S, typename C>
-inline Pair<Compute<S>> load_pair(const S* from, int64_t left, const C&) {
+inline Pair<Compute<S>> load_pair(const S* from, int64_t width, const C& column) {
   using T = Compute<S>;
   constexpr int64_t kLane = kLanes<T>;
   Vec<T> a, b;
-  if constexpr (C::kLast) {
-    a = load_lanes(from, left);
-    b = left > kLane ? load_lanes(from + kLane, left - kLane) : Vec<T>{};
+  if constexpr (C::kTwins) {
+    a = load_lanes(from, width), b = load_lanes(from + column.in_step, width);
+  } else if constexpr (C::kLast) {
+    a = load_lanes(from, width);
+    b = width > kLane ? load_lanes(from + kLane, width - kLane) : Vec<T>{};
   } else {
     a = load(from), b = load(from + kLane);
   }
@@ -28,32 +30,38 @@ inline Pair<Compute<S>> load_pair(const S* from, int64_t left, const C&) {
 }
 
 template <typename S, typename C>
-inline void store_pair(S* to, const Pair<Compute<S>>& pair, int64_t left, const C&, bool around) {
+inline void store_pair(S* to, const Pair<Compute<S>>& pair, int64_t width, const C& column, bool around) {
   using T = Compute<S>;
   constexpr int64_t kLane = kLanes<T>;
   const Vec<T> a = permute<T, LowerInterleaved>(pair.even, pair.odd);
   const Vec<T> b = permute<T, UpperInterleaved>(pair.even, pair.odd);
-  const Column<false, C::kLast> first{least(left, kLane)}, second{left - kLane};
-  store_column(to, a, first, around && left >= kLane);
-  if (!C::kLast || left > kLane) store_column(to + kLane, b, second, around && left >= 2 * kLane);
+  if constexpr (C::kTwins) {
+    store_lanes(to, a, width);
+    store_lanes(to + column.in_step, b, width);
+  } else {
+    const Column<false, C::kLast> first{least(width, kLane)}, second{width - kLane};
+    first.store_row(to, a, around && width >= kLane);
+    if (!C::kLast || width > kLane) second.store_row(to + kLane, b, around && width >= 2 * kLane);
+  }
 }
 
 // x points to column 2 j of the plane where y points to j; `width` is what a row of x has from there.
 template <typename S, typename C>
-void correlate_column_by_2(const GroupedProblem& p, const Compute<S>* weight, Compute<S> bias, const S* x,
-                           int64_t width, S* y, C column, bool around, const NextPlane<S>& next) {
+REFCONV_INLINE void correlate_column_by_2(const GroupedProblem& p, const Compute<S>* weight, const Compute<S>* bias,
+                                          const S* x, int64_t width, S* y, C column, bool around,
+                                          const NextPlane<S, 4>& next) {
   using T = Compute<S>;
-  const Vec<T> start = broadcast(bias);
+  const Vec<T> start = column.bias(bias);
   Vec<T> w[9], sum = start;
 #pragma GCC unroll 9
-  for (int t = 0; t < 9; ++t) w[t] = broadcast(weight[t]);
+  for (int t = 0; t < 9; ++t) w[t] = column.weight(weight, t);
   // The pixels that the taps 0, 1 and 2 of a row see.
   const auto load_row = [&](int64_t i, Vec<T>* v) {
     const S* row = x + i * p.in_w;
     const Pair<T> pair = load_pair(row, width, column);
     v[1] = in_register(pair.even), v[2] = in_register(pair.odd);
     if constexpr (C::kFirst) {
-      v[0] = permute<T, OneLaneUp>(pair.odd, Vec<T>{});
+      v[0] = column.load_left(row, pair.odd);
     } else {
       v[0] = load_pair(row - 2, width + 2, column).odd;
     }
@@ -69,19 +77,20 @@ void correlate_column_by_2(const GroupedProblem& p, const Compute<S>* weight, Co
 #pragma GCC unroll 3
       for (int b = 0; b < 3; ++b) sum += w[6 + b] * v[b], below += w[b] * v[b];
     }
-    store_column(y + o * p.out_w, sum, column, around);
+    column.store_row(y + o * p.out_w, sum, around);
     sum = below;
     next.fetch(o);
   }
 }
 
 template <typename S, typename C>
-void meet_column_by_2(const GroupedProblem& p, const Compute<S>* weight, const S* dy, const S* x, int64_t width, S* dx,
-                      Compute<S>* total, C column, bool around, const NextPlane<S>& next) {
+REFCONV_INLINE void meet_column_by_2(const GroupedProblem& p, const Compute<S>* weight, const S* dy, const S* x,
+                                     int64_t width, S* dx, Compute<S>* total, C column, bool around,
+                                     const NextPlane<S, 4>& next) {
   using T = Compute<S>;
   Vec<T> w[9], sum[9];
 #pragma GCC unroll 9
-  for (int t = 0; t < 9; ++t) w[t] = broadcast(weight[t]), sum[t] = Vec<T>{};
+  for (int t = 0; t < 9; ++t) w[t] = column.weight(weight, t), sum[t] = Vec<T>{};
   // What a row of x meets through row a of the taps, g[0] of dy at the pixels and g[1] one further right.
   const auto meet = [&](const Pair<T>& pixel, int a, const Vec<T>* g, Pair<T>* to) {
     to->even += w[a * 3 + 1] * g[0];
@@ -94,8 +103,8 @@ void meet_column_by_2(const GroupedProblem& p, const Compute<S>* weight, const S
   for (int64_t h = 0; h < p.out_h; ++h) {
     const S* row = dy + h * p.out_w;
     Vec<T> g[2];
-    g[0] = in_register(C::kLast ? load_lanes(row, column.count) : load(row));
-    g[1] = in_register(C::kLast ? permute<T, OneLaneDown>(g[0], Vec<T>{}) : load(row + 1));
+    g[0] = in_register(column.load_row(row));
+    g[1] = in_register(column.load_right(row, g[0]));
     if (h > 0) {
       meet(above, 0, g, &above_to);
       store_pair(dx + (2 * h - 1) * p.in_w, above_to, width, column, around);

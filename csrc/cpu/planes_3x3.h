@@ -9,25 +9,38 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
+// How many planes are gone through at once.
+template <typename S>
+int64_t planes_together(const GroupedProblem& p) {
+  return kTwinVectors<S> && has_twin_planes(p, sizeof(S)) ? 2 : 1;
+}
+
+// Steps from the one that is computed to the one that is fetched: planes may be so small that the next one is too near.
+template <typename S>
+int64_t steps_ahead(int64_t pixels) {
+  constexpr int64_t kBytes = 2048;
+  return ceil_div(kBytes, pixels * static_cast<int64_t>(sizeof(S)));
+}
+
 // How planes that are large enough are written around the cache: straight away where rows are whole aligned vectors
 // that fill lines, otherwise by way of a plane in the cache.
 template <typename S>
 class PlaneOutput {
  public:
-  // Planes of `size` pixels in rows of `width`, `all` of them. `first` is null where nobody wants them.
-  PlaneOutput(const S* first, int64_t all, int64_t size, int64_t width)
-      : size_(size),
-        streamed_(first != nullptr && streams(all * size * static_cast<int64_t>(sizeof(S)))),
+  // Planes of `size` pixels in rows of `width`, `all` of them, `together` at once. `first` is null where nobody wants
+  // them.
+  PlaneOutput(const S* first, int64_t all, int64_t size, int64_t width, int64_t together)
+      : streamed_(first != nullptr && streams(all * size * static_cast<int64_t>(sizeof(S)))),
         straight_(streamed_ && kVectorBytes == 64 && width % kLanes<Compute<S>> == 0 &&
                   reinterpret_cast<uintptr_t>(first) % kVectorBytes == 0),
-        plane_(streamed_ && !straight_ ? size : 0) {}
-  // Where a kernel writes a plane whose place is `to`.
+        plane_(streamed_ && !straight_ ? together * size : 0) {}
+  // Where a kernel writes planes whose place is `to`.
   S* target(S* to) { return streamed_ && !straight_ ? plane_.data() : to; }
   bool around() const { return straight_; }
-  // What a kernel fetches of the plane after `to`, in vectors per row of a column.
-  typename NextPlane<S>::Map next(const S* to, int64_t vectors) const { return {to + size_, streamed_ ? 0 : vectors}; }
-  void finish(S* to) {
-    if (streamed_ && !straight_) stream(to, plane_.data(), size_);
+  // Whether they are fetched before they are written.
+  bool fetched() const { return !streamed_; }
+  void finish(S* to, int64_t pixels) {
+    if (streamed_ && !straight_) stream(to, plane_.data(), pixels);
   }
   void end() const {
     if (streamed_) end_streams();
@@ -35,78 +48,128 @@ class PlaneOutput {
 
  private:
   static constexpr int64_t kVectorBytes = kLanes<Compute<S>> * static_cast<int64_t>(sizeof(S));
-  const int64_t size_;
   const bool streamed_, straight_;
   Scratch<S> plane_;
 };
 
+// Calls run(column, offset) for the columns of a plane, from left to right.
+template <typename T, typename Run>
+inline void for_columns(int64_t width, const Run& run) {
+  constexpr int64_t kLane = kLanes<T>;
+  if (width <= kLane) return run(Column<true, true>{width}, 0);
+  run(Column<true, false>{kLane}, 0);
+  int64_t j = kLane;
+  for (; j + kLane < width; j += kLane) run(Column<false, false>{kLane}, j);
+  run(Column<false, true>{width - j}, j);
+}
+
+// The same for `count` planes at once, one or two.
+template <typename S, typename Run>
+inline void for_columns(const GroupedProblem& p, int64_t count, const Run& run) {
+  if constexpr (kTwinVectors<S>) {
+    if (count == 2) return run(Twins{p.out_w, p.in_size(), p.out_size()}, 0);
+  }
+  for_columns<Compute<S>>(p.out_w, run);
+}
+
+// The taps of some planes, in the type that is computed with.
 template <typename S>
+class Taps {
+  using T = Compute<S>;
+
+ public:
+  Taps(const S* weight, int64_t planes) {
+    if constexpr (sizeof(S) == sizeof(T)) {
+      taps_ = weight;
+    } else {
+      for (int64_t t = 0; t < 9 * planes; ++t) own_[t] = load_one(weight + t);
+      taps_ = own_;
+    }
+  }
+  const T* data() const { return taps_; }
+
+ private:
+  T own_[sizeof(S) == sizeof(T) ? 1 : 18];
+  const T* taps_;
+};
+
+template <typename S, int STRIDE>
 void forward_3x3(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                  int64_t end) {
   using T = Compute<S>;
-  PlaneOutput<S> output(y, p.batch * p.channels, p.out_size(), p.out_w);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t channel = task % p.channels, in_size = p.in_size();
-    T taps[9];
-    for (int t = 0; t < 9; ++t) taps[t] = load_one(weight + channel * 9 + t);
-    const T start = bias != nullptr ? load_one(bias + channel) : T(0);
+  const int64_t in_size = p.in_size(), out_size = p.out_size(), together = planes_together<S>(p);
+  const int64_t ahead = steps_ahead<S>(together * in_size) * together;
+  PlaneOutput<S> output(y, p.batch * p.channels, out_size, p.out_w, together);
+  int64_t channel = begin % p.channels;
+  for (int64_t task = begin, count; task < end; task += count) {
+    count = least(together, least(end - task, p.channels - channel));
+    const Taps<S> taps(weight + channel * 9, count);
+    T start[2] = {};
+    for (int64_t n = 0; n < count && bias != nullptr; ++n) start[n] = load_one(bias + channel + n);
     const S* plane = x + task * in_size;
-    S *target = y + task * p.out_size(), *to = output.target(target);
-    NextPlane<S> next{{{plane + in_size, p.stride_h * p.stride_w}, output.next(target, 1), {plane, 0}}};
-    if (task + 1 == end) next = {};
-    for_columns<T>(p.out_w, [&](auto column, int64_t j) {
-      if (p.stride_h == 1) {
-        correlate_column(p, taps, start, plane + j, to + j, column, output.around(), next);
+    S *target = y + task * out_size, *to = output.target(target);
+    NextPlane<S, STRIDE * STRIDE> next;
+    if (task + ahead < end) next.x = plane + ahead * in_size;
+    if (task + ahead < end && output.fetched()) next.y = target + ahead * out_size;
+    for_columns<S>(p, count, [&](auto column, int64_t j) {
+      if constexpr (STRIDE == 1) {
+        correlate_column(p, taps.data(), start, plane + j, to + j, column, output.around(), next);
       } else {
-        correlate_column_by_2(p, taps, start, plane + 2 * j, p.in_w - 2 * j, to + j, column, output.around(), next);
+        correlate_column_by_2(p, taps.data(), start, plane + 2 * j, p.in_w - 2 * j, to + j, column, output.around(),
+                              next);
       }
       next.advance(p.out_h);
     });
-    output.finish(target);
+    output.finish(target, count * out_size);
+    channel = channel + count < p.channels ? channel + count : 0;
   }
   output.end();
 }
 
 // The backward of one call, plane by plane; used as Backward (grouped_plane.h).
-template <typename S>
+template <typename S, int STRIDE>
 class Backward3x3 {
   using T = Compute<S>;
 
  public:
   Backward3x3(const GroupedProblem& p, const S* grad_x)
-      : p_(p), dx_(grad_x, p.batch * p.channels, p.in_size(), p.in_w) {}
+      : p_(p), together_(planes_together<S>(p)), dx_(grad_x, p.batch * p.channels, p.in_size(), p.in_w, together_) {}
   ~Backward3x3() { dx_.end(); }
 
   int64_t terms() const { return p_.out_h * ceil_div(p_.out_w, kLanes<T>); }
+  int64_t together() const { return together_; }
+  int64_t steps_ahead() const { return cpu::REFCONV_ISA::steps_ahead<S>(together_ * p_.in_size()); }
 
-  void run(const S* x, S* grad_x, const S* grad_y, const S* weight, T* sums, bool want_bias, bool last) {
-    T taps[9];
-    for (int t = 0; t < 9; ++t) taps[t] = load_one(weight + t);
+  void run(const S* x, S* grad_x, const S* grad_y, const S* weight, T* sums, bool want_bias, int64_t count,
+           int64_t ahead) {
+    const Taps<S> taps(weight, count);
     S* dx = dx_.target(grad_x);
-    const int64_t vectors = p_.stride_h * p_.stride_w;
-    NextPlane<S> next{{{x + p_.in_size(), vectors}, {grad_y + p_.out_size(), 1}, dx_.next(grad_x, vectors)}};
-    if (last) next = {};
-    for_columns<T>(p_.out_w, [&](auto column, int64_t j) {
-      if (p_.stride_h == 1) {
-        meet_column(p_, taps, grad_y + j, x + j, dx + j, sums, column, dx_.around(), next);
+    NextPlane<S, STRIDE * STRIDE> next;
+    if (ahead != 0) next.x = x + ahead * p_.in_size(), next.y = grad_y + ahead * p_.out_size();
+    if (ahead != 0 && dx_.fetched()) next.dx = grad_x + ahead * p_.in_size();
+    for_columns<S>(p_, count, [&](auto column, int64_t j) {
+      if constexpr (STRIDE == 1) {
+        meet_column(p_, taps.data(), grad_y + j, x + j, dx + j, sums, column, dx_.around(), next);
       } else {
-        meet_column_by_2(p_, taps, grad_y + j, x + 2 * j, p_.in_w - 2 * j, dx + 2 * j, sums, column, dx_.around(),
-                         next);
+        meet_column_by_2(p_, taps.data(), grad_y + j, x + 2 * j, p_.in_w - 2 * j, dx + 2 * j, sums, column,
+                         dx_.around(), next);
       }
+      if (want_bias) add_column(grad_y + j, sums + 9 * kLanes<T>, column);
       next.advance(p_.out_h);
     });
-    dx_.finish(grad_x);
-    if (want_bias) add_plane(grad_y, sums + 9 * kLanes<T>);
+    dx_.finish(grad_x, count * p_.in_size());
   }
 
  private:
-  void add_plane(const S* plane, T* total) const {
+  template <typename C>
+  void add_column(const S* dy, T* total, const C& column) const {
     Vec<T> sum = load(total);
-    for (int64_t k = 0; k < p_.out_size(); k += kLanes<T>) sum += load_lanes(plane + k, p_.out_size() - k);
+    for (int64_t h = 0; h < p_.out_h; ++h) sum += column.load_row(dy + h * p_.out_w);
     store(total, sum);
   }
 
   const GroupedProblem& p_;
+  const int64_t together_;
   PlaneOutput<S> dx_;
 };
 

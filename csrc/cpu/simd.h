@@ -19,6 +19,9 @@
 #error "REFCONV_ISA (namespace) and REFCONV_VECTOR_BYTES are set by CMakeLists.txt"
 #endif
 
+// For loops that are called once per small plane: arguments in memory would cost as much as its rows.
+#define REFCONV_INLINE inline __attribute__((always_inline))
+
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
@@ -67,7 +70,7 @@ inline void store(T* to, Vec<T> v) {
 
 template <typename T>
 inline Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // costs nothing; zero + value would be an addition, for the sake of -0
 }
 
 // `v`, kept in a register: without this the compiler loads again for every use.
@@ -164,6 +167,35 @@ inline void store_partial<float>(float* to, Vec<float> v, int64_t count) {
 }
 #endif
 
+// The first `count` lanes of either half, 0 < count <= lanes / 2.
+template <typename T>
+inline Vec<T> load_halves(const T* lower, const T* upper, int64_t count) {
+  constexpr int64_t kHalf = kLanes<T> / 2;
+#if defined(__AVX512VL__) && REFCONV_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const unsigned mask = first_lanes(count);
+    const __m512 half = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), lower);
+    return (Vec<T>)_mm512_mask_loadu_ps(half, static_cast<__mmask16>(mask << kHalf), upper - kHalf);
+  }
+#endif
+  Vec<T> v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = lower[i], v[kHalf + i] = upper[i];
+  return v;
+}
+
+template <typename T>
+inline void store_halves(T* lower, T* upper, Vec<T> v, int64_t count) {
+  constexpr int64_t kHalf = kLanes<T> / 2;
+#if defined(__AVX512VL__) && REFCONV_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const unsigned mask = first_lanes(count);
+    _mm512_mask_storeu_ps(lower, static_cast<__mmask16>(mask), (__m512)v);
+    return _mm512_mask_storeu_ps(upper - kHalf, static_cast<__mmask16>(mask << kHalf), (__m512)v);
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i) lower[i] = v[i], upper[i] = v[kHalf + i];
+}
+
 // --- every lane by itself ---
 
 template <typename T>
@@ -206,6 +238,38 @@ struct LowerInterleaved {
 struct UpperInterleaved {
   static constexpr int of(int i, int lanes) { return lanes / 2 + i / 2 + (i % 2) * lanes; }
 };
+
+// All lanes one further up or down; the lane that gets free takes the last of `below`, the first of `above`.
+struct OneLaneUp {
+  static constexpr int of(int i, int lanes) { return i == 0 ? 2 * lanes - 1 : i - 1; }
+};
+struct OneLaneDown {
+  static constexpr int of(int i, int) { return i + 1; }
+};
+template <typename T>
+inline Vec<T> lane_up(Vec<T> v, Vec<T> below) {
+#if defined(__AVX512VL__) && REFCONV_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_alignr_epi32((__m512i)v, (__m512i)below, 15);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_alignr_epi64((__m512i)v, (__m512i)below, 7);
+#elif defined(__AVX512VL__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_alignr_epi32((__m256i)v, (__m256i)below, 7);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_alignr_epi64((__m256i)v, (__m256i)below, 3);
+#else
+  return permute<T, OneLaneUp>(v, below);
+#endif
+}
+template <typename T>
+inline Vec<T> lane_down(Vec<T> v, Vec<T> above) {
+#if defined(__AVX512VL__) && REFCONV_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_alignr_epi32((__m512i)above, (__m512i)v, 1);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_alignr_epi64((__m512i)above, (__m512i)v, 1);
+#elif defined(__AVX512VL__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_alignr_epi32((__m256i)above, (__m256i)v, 1);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_alignr_epi64((__m256i)above, (__m256i)v, 1);
+#else
+  return permute<T, OneLaneDown>(v, above);
+#endif
+}
 
 template <typename T>
 inline double sum(Vec<T> v) {

@@ -192,6 +192,14 @@ void test_grouped_all(const refconv::cpu::InstructionSet& set) {
     test_grouped(kernels, isa, depthwise(channels, 1, 6, 5, 3, 3, 1, 1, 5, 6, 3, 2));
     test_grouped(kernels, isa, depthwise(channels, 1, 4, 5, 3, 3, 6, 7, 0, 1, 1, 1));
   }
+  for (const int64_t channels : {1, 2, 3, 38}) {  // planes go two to a vector
+    for (const int64_t width : {7, 8, 9}) {
+      test_grouped(kernels, isa, depthwise(channels, 1, 1, width, 3, 3, 1, 1, 1, 1, 1, 1));
+      test_grouped(kernels, isa, depthwise(channels, 1, 8, width, 3, 3, 1, 1, 1, 1, 1, 1));
+      test_grouped(kernels, isa, depthwise(channels, 1, 1, 2 * width - 1, 3, 3, 2, 2, 1, 1, 1, 1));
+      test_grouped(kernels, isa, depthwise(channels, 1, 7, 2 * width, 3, 3, 2, 2, 1, 1, 1, 1));
+    }
+  }
   test_grouped(kernels, isa, depthwise(4, 3, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
   test_grouped(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));  // more padding than kernel
   test_grouped(kernels, isa, depthwise(1, 1, 4, 5, 3, 3, 1, 1, 99999, 99999, 99999, 99999));  // which no scratch holds
