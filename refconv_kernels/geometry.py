@@ -12,11 +12,12 @@ def output_size(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, int]:
     """Rows and columns of the output; below 1 where the kernel does not fit."""
-    height, width = (
-        (input.shape[d - 2] + 2 * padding[d] - dilation[d] * (weight.shape[d - 2] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
+    height, width = input.shape[-2:]
+    kernel_h, kernel_w = weight.shape[-2:]
+    return (
+        (height + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1,
+        (width + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1,
     )
-    return height, width
 
 
 def is_channels_last(tensor: Tensor) -> bool:

@@ -278,11 +278,12 @@ class RefConv2d(nn.Module):
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return functional.conv2d(input, self._kept_weight(), *geometry, padding_mode=self.padding_mode)
         transform: Any = self.transform
-        if self.form is None or any(getattr(transform, name) for name in _HOOKS):
+        form = _FORM_OF.get(type(transform))
+        if form is None or any(map(vars(transform).get, _HOOKS)):
             return functional.conv2d(input, self.weight, *geometry, padding_mode=self.padding_mode)
         basis, weight = self.basis_weight, transform.weight
         options: dict[str, Any] = {"padding_mode": self.padding_mode, "identity": transform.identity}
-        if self.form == "thin":
+        if form == "thin":
             return functional.thin_refconv2d(input, basis, weight, transform.factor, *geometry, **options)
         return functional.refconv2d(input, basis, weight, *geometry, **options)
 

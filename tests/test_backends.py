@@ -106,17 +106,18 @@ def test_auto_leaves_to_pytorch_what_pytorch_does_faster() -> None:
         basis = torch.empty(channels, channels, size, size, dtype=dtype)
         return basis, torch.empty(channels**2, 1, 3, 3, dtype=dtype)
 
-    groupwise = torch.empty(8, 4, 3, 3), torch.empty(32, 2, 3, 3)
+    groupwise = torch.empty(512, 4, 3, 3), torch.empty(2048, 2, 3, 3)
     assert ops.choose("refocus_weight", *groupwise) == "reference"
-    assert ops.choose("refocus_weight", *dense(4, 5)) == "reference"
-    assert ops.choose("refocus_weight", *dense(4, 3, torch.float64)) == "reference"
-    if cpu.native.instruction_set() == "avx512":
-        assert ops.choose("refocus_weight", *dense(4, 3)) == "cpu"
+    assert ops.choose("refocus_weight", *dense(64, 5)) == "reference"
+    assert ops.choose("refocus_weight", *dense(64, 5, torch.float64)) == "cpu"
+    assert ops.choose("refocus_weight", *dense(4, 5)) == "cpu"
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        assert ops.choose("refocus_weight", *dense(4, 3, dtype)) == "cpu"
     assert ops.choose("refocus_weight", torch.empty(8, 1, 3, 3), torch.empty(8, 8, 3, 3)) == "cpu"
     with use_backend("cpu"):
         assert ops.choose("refocus_weight", *groupwise) == "cpu"  # asked for by name
     kernel = ops.KERNELS["refocus_weight"]["cpu"]
-    assert kernel.slower(*groupwise) == "refocus groups of 2 kernels: PyTorch's is faster"
+    assert kernel.slower(*groupwise) == "refocus groups of 2 kernels, 331776 multiply-adds: PyTorch's is faster"
     x = torch.empty(1, 4, 7, 7)
     assert ops.choose("grouped_conv2d", x, torch.empty(4, 1, 3, 3), 4, 7) == "cpu"
     # Both steps in one call where both are ours, one by one where one is not.
@@ -124,7 +125,8 @@ def test_auto_leaves_to_pytorch_what_pytorch_does_faster() -> None:
         ops.choose("refconv2d", torch.empty(1, 8, 7, 7), torch.empty(8, 1, 3, 3), torch.empty(8, 8, 3, 3), 8, 7)
         == "cpu"
     )
-    assert ops.choose("refconv2d", x, torch.empty(4, 1, 3, 3), torch.empty(4, 4, 3, 3), 4, 7) == "reference"
+    octets = torch.empty(16, 8, 3, 3), torch.empty(128, 2, 3, 3)
+    assert ops.choose("refconv2d", torch.empty(1, 16, 7, 7), *octets, 2, 7) == "reference"
 
 
 @pytest.mark.parametrize(

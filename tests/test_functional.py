@@ -105,6 +105,7 @@ def test_transformed_weight_keeps_the_memory_format(shape: tuple[int, ...], back
         ),
         ({"basis": torch.randn(4, 3, 3)}, ValueError, r"basis.shape \(=\(4, 3, 3\)\) must be \[C_out"),
         ({"refocus": torch.randn(4, 4, 3)}, ValueError, r"refocus.shape \(=\(4, 4, 3\)\) must be \[N, g, k, k\]"),
+        ({"refocus": torch.tensor(1.0)}, ValueError, r"refocus.shape \(=\(\)\) must be \[N, g, k, k\]"),
         ({"refocus": torch.randn(4, 4, 2, 2)}, ValueError, r"refocus.shape\[2:\] \(=\(2, 2\)\) must be square and odd"),
         ({"refocus": torch.randn(4, 4, 3, 5)}, ValueError, r"\(=\(3, 5\)\) must be square and odd"),
         (

@@ -88,7 +88,7 @@ def test_info_shows_the_backend_asked_for(capsys: pytest.CaptureFixture) -> None
         ([*DEPTHWISE[:-1], "16,1,3,3", "--groups", "8", "--channels-last"], None),
         ([*DEPTHWISE[:-1], "8,4,3,3", "--groups", "2"], None),
         ([*DEPTHWISE[:-1], "8,8,3,3"], "groups (=1): the kernel is for grouped and depthwise convolutions"),
-        ([*REFOCUS[:-1], "8,4,5,5", "--groups", "1"], "covers it, but auto leaves it: refocus groups of 1 kernels"),
+        ([*REFOCUS[:-1], "64,64,5,5", "--groups", "1"], "covers it, but auto leaves it: refocus groups of 1 kernels"),
         (REFOCUS, None),
         ([*DEPTHWISE[:2], "refconv2d", *DEPTHWISE[3:]], None),
         ([*DEPTHWISE[:2], "refconv2d", *DEPTHWISE[3:], "--dtype", "bfloat16"], None),

@@ -21,6 +21,9 @@ _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)  # PyTorch runs them with oneDN
 _MOST_PER_GROUP = 16  # input channels of a group: a thread holds that many padded planes
 _WIDE_ROW = 64  # entries of W_r per 2-D kernel from which the kernel takes a matrix product (csrc/cpu/refocus.cpp)
 
+# Multiply-adds of narrower rows up to which PyTorch's call costs more than its loops gain.
+_NARROW_WORK = 200_000
+
 native: ModuleType | None
 _import_error: str | None
 try:
@@ -29,8 +32,6 @@ try:
     _import_error = None
 except ImportError as error:
     native, _import_error = None, str(error)
-
-_BEST_SET = None if native is None else native.instruction_set()
 
 
 def unavailable() -> str | None:
@@ -60,10 +61,14 @@ def refocus_weight_limits(basis: Tensor, refocus: Tensor) -> str | None:
 
 def refocus_weight_slower(basis: Tensor, refocus: Tensor) -> str | None:
     """Why ``"auto"`` leaves this problem to PyTorch (``docs/performance.md``); None when it does not."""
-    one_3x3 = refocus.shape[1:] == (1, 3, 3) and basis.shape[2:] == (3, 3) and basis.dtype == torch.float32
-    permuted = one_3x3 and _BEST_SET == "avx512"  # csrc/cpu/refocus_narrow.cpp
-    if refocus[0].numel() < _WIDE_ROW and not permuted:
-        return f"refocus groups of {refocus.shape[1]} kernels: PyTorch's is faster"
+    kernels, group_size, map_size, _ = refocus.shape
+    dense_3x3 = group_size == 1 and map_size == 3 and basis.shape[2:] == (3, 3)  # csrc/cpu/refocus_dense_3x3.h
+    row = group_size * map_size**2
+    if row >= _WIDE_ROW or dense_3x3 or basis.dtype == torch.float64:
+        return None
+    work = kernels * row * basis.shape[2] * basis.shape[3]
+    if work > _NARROW_WORK:
+        return f"refocus groups of {group_size} kernels, {work} multiply-adds: PyTorch's is faster"
     return None
 
 

@@ -41,13 +41,13 @@ def refconv2d(
         >>> refconv2d(x, basis, refocus, padding=1, groups=8).shape
         torch.Size([2, 8, 5, 5])
     """
-    check_tensors(refocus=refocus)
-    if refocus.dim() == 4 and refocus.shape[1] != groups:
-        raise ValueError(f"refocus.shape[1] (={refocus.shape[1]}) must be groups (={groups}), Eq. 2 of the paper")
     geometry = stride, padding, dilation
     backend = _one_call("refconv2d", input, basis, (refocus,), bias, *geometry, groups, padding_mode)
     if backend != "reference":
         return apply(RefConv2d, input, basis, refocus, bias, identity, *geometry, backend)[0]
+    check_tensors(refocus=refocus)
+    if refocus.dim() == 4 and refocus.shape[1] != groups:
+        raise ValueError(f"refocus.shape[1] (={refocus.shape[1]}) must be groups (={groups}), Eq. 2 of the paper")
     weight = refocus_weight(basis, refocus, identity=identity)
     return conv2d(input, weight, bias, *geometry, groups, padding_mode=padding_mode)
 
@@ -77,16 +77,16 @@ def thin_refconv2d(
         >>> thin_refconv2d(x, basis, coordinates, refocus_factor(basis, 8), padding=1, groups=8).shape
         torch.Size([2, 8, 5, 5])
     """
+    geometry = stride, padding, dilation
+    backend = _one_call("thin_refconv2d", input, basis, (coordinates, factor), bias, *geometry, groups, padding_mode)
+    if backend != "reference":
+        return apply(ThinRefConv2d, input, basis, coordinates, factor, bias, identity, *geometry, backend)
     check_tensors(basis=basis, factor=factor)
     kernels = basis.shape[0] * basis.shape[1] if basis.dim() == 4 else 0
     if kernels and factor.dim() == 3 and factor.shape[0] * groups != kernels:
         raise ValueError(
             f"factor.shape[0] (={factor.shape[0]}) must be the number of 2-D kernels / groups, {kernels} / {groups}"
         )
-    geometry = stride, padding, dilation
-    backend = _one_call("thin_refconv2d", input, basis, (coordinates, factor), bias, *geometry, groups, padding_mode)
-    if backend != "reference":
-        return apply(ThinRefConv2d, input, basis, coordinates, factor, bias, identity, *geometry, backend)
     weight = thin_refocus_weight(basis, coordinates, factor, identity=identity)
     return conv2d(input, weight, bias, *geometry, groups, padding_mode=padding_mode)
 
@@ -108,28 +108,29 @@ def _one_call(
     For the plain case only, and only for arguments beyond doubt: the two steps know the rest and the errors.
     ``weights`` are what the transformation is made of: ``(W_r,)`` or ``(E, R)``.
     """
-    given = (input, basis, *weights) if bias is None else (input, basis, *weights, bias)
-    if not all(isinstance(t, Tensor) for t in given) or torch._C._are_functorch_transforms_active():
+    # Plain loops: a layer pays for every microsecond of this twice per step.
+    if not isinstance(input, Tensor) or torch._C._are_functorch_transforms_active() or padding_mode != "zeros":
         return "reference"
-    pairs = (stride, padding, dilation)
-    if padding_mode != "zeros" or not all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
-        return "reference"
-    if not all(isinstance(v, int) for p in pairs for v in p):
-        return "reference"
-    if any(t.dtype != input.dtype or t.device != input.device for t in given):
-        return "reference"
+    for given in (basis, *weights) if bias is None else (basis, *weights, bias):
+        if not isinstance(given, Tensor) or given.dtype != input.dtype or given.device != input.device:
+            return "reference"
+    for pair in (stride, padding, dilation):
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            return "reference"
+        if not (isinstance(pair[0], int) and isinstance(pair[1], int)):
+            return "reference"
     if input.dim() != 4 or basis.dim() != 4 or autocast_dtype(input.device.type) is not None:
         return "reference"
     out_channels, per_group, *size = basis.shape
     kernels = out_channels * per_group
     if input.shape[1] != per_group * groups or out_channels % groups != 0:
         return "reference"
+    shape = weights[0].shape  # of W_r or E
     if len(weights) == 1:
-        map_size = weights[0].shape[-1]
-        fits = weights[0].shape == (kernels, groups, map_size, map_size) and map_size % 2 == 1
+        fits = len(shape) == 4 and shape == (kernels, groups, shape[2], shape[2]) and shape[2] % 2 == 1
     else:
-        rank = weights[0].shape[-1]
-        fits = weights[0].shape == (kernels, rank) and weights[1].shape == (kernels // groups, rank, size[0] * size[1])
+        fits = len(shape) == 2 and shape[0] == kernels
+        fits = fits and weights[1].shape == (kernels // groups, shape[1], size[0] * size[1])
     if not fits or (bias is not None and bias.shape != (out_channels,)):
         return "reference"
     if is_channels_last(basis):  # decides about the output's, and the operator's W_t has none

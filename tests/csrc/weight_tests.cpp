@@ -81,6 +81,9 @@ void test_refocus_all(const refconv::cpu::InstructionSet& set) {
         test_refocus(kernels, isa, RefocusProblem{group, group, 5, 2, map, identity});
       }
     }
+    for (const int64_t dense : {1, 2, 5, 11, 12, 15, 16, 17, 24, 25, 48, 100}) {  // straddle the lanes, whole and cut
+      test_refocus(kernels, isa, RefocusProblem{dense, 1, 3, 3, 3, identity});
+    }
     test_refocus(kernels, isa, RefocusProblem{131, 131, 3, 3, 3, identity});  // more than one block of a row
     test_refocus(kernels, isa, RefocusProblem{22, 11, 7, 7, 3, identity});
     test_refocus(kernels, isa, RefocusProblem{35, 1, 7, 7, 7, identity});
@@ -109,7 +112,7 @@ void test_weights(const InstructionSet& set) {
   test_refocus_all<BFloat16>(set);
   test_refocus_all<Half>(set);
   // dW_r large enough to be written around the cache.
-  test_refocus(set.kernels.refocus<float>(), set.name, RefocusProblem{116600, 1, 3, 3, 3, false});
+  test_refocus(set.kernels.refocus<float>(), set.name, RefocusProblem{116611, 1, 3, 3, 3, false});
   test_refocus(set.kernels.refocus<float>(), set.name, RefocusProblem{352, 352, 3, 3, 3, false});
   test_thin_all<float>(set);
   test_thin_all<double>(set);
