@@ -106,7 +106,7 @@ namespace {
 // Parts of the sums over channels_last maps, of 128 pixels or more. As many for any number of threads: the sums must
 // not depend on it.
 int64_t nhwc_chunks(const GroupedProblem& p) {
-  constexpr int64_t kMost = 64, kPixels = 128;
+  constexpr int64_t kMost = 64, kPixels = 192;
   return std::clamp<int64_t>(p.batch * p.in_size() / kPixels, 1, std::clamp<int64_t>(p.batch * p.in_h, 1, kMost));
 }
 

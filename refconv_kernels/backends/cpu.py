@@ -46,7 +46,7 @@ def unavailable() -> str | None:
 
 
 def _limits(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return f"{name} is on {tensor.device}, the kernel runs on cpu"
     if tensor.dtype not in dtypes:
         covered = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

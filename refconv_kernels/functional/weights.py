@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from refconv_kernels import reference, thin
@@ -60,18 +61,16 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
     check_same("refocus", refocus, "basis", basis)
 
     dtype = basis.dtype
-    with no_autocast(basis):
-        backend = choose("refocus_weight", basis, refocus, optional=dtype in HALVES)
-        if backend == "reference" and dtype in HALVES:
-            basis, refocus = basis.float(), refocus.float()
-            backend = choose("refocus_weight", basis, refocus)
-        if backend == "reference":
+    backend = choose("refocus_weight", basis, refocus, optional=dtype in HALVES)
+    if backend == "reference" and dtype in HALVES:
+        basis, refocus = basis.float(), refocus.float()
+        backend = choose("refocus_weight", basis, refocus)
+    if backend == "reference":
+        with no_autocast(basis):
             transformed = reference.refocus_weight(basis, refocus, identity)
-        else:
-            transformed = apply(RefocusWeight, basis, refocus, identity, backend)
-        if transformed.dtype == dtype and basis.is_contiguous():
-            return transformed
-        return transformed.to(dtype, memory_format=output_format(basis))
+    else:
+        transformed = apply(RefocusWeight, basis, refocus, identity, backend)
+    return _like(transformed, basis, dtype)
 
 
 def refocus_factor(basis: Tensor, groups: int, map_size: int = 3) -> Tensor:
@@ -153,14 +152,19 @@ def thin_refocus_weight(basis: Tensor, coordinates: Tensor, factor: Tensor, *, i
     check_same("factor", factor, "basis", basis)
 
     dtype = basis.dtype
-    with no_autocast(basis):
-        backend = choose("thin_refocus_weight", basis, coordinates, factor)
-        if backend == "reference":
-            if dtype in HALVES:
-                basis, coordinates, factor = basis.float(), coordinates.float(), factor.float()
+    backend = choose("thin_refocus_weight", basis, coordinates, factor)
+    if backend == "reference":
+        if dtype in HALVES:
+            basis, coordinates, factor = basis.float(), coordinates.float(), factor.float()
+        with no_autocast(basis):
             transformed = reference.thin_refocus_weight(basis, coordinates, factor, identity)
-        else:
-            transformed = apply(ThinRefocusWeight, basis, coordinates, factor, identity, backend)
-        if transformed.dtype == dtype and basis.is_contiguous():
-            return transformed
-        return transformed.to(dtype, memory_format=output_format(basis))
+    else:
+        transformed = apply(ThinRefocusWeight, basis, coordinates, factor, identity, backend)
+    return _like(transformed, basis, dtype)
+
+
+def _like(transformed: Tensor, basis: Tensor, dtype: torch.dtype) -> Tensor:
+    """``transformed`` in ``dtype`` and the memory format of ``basis``."""
+    if transformed.dtype == dtype and basis.is_contiguous():
+        return transformed
+    return transformed.to(dtype, memory_format=output_format(basis))
