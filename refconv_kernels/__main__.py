@@ -211,10 +211,9 @@ def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
     if weight_shape[0] % groups != 0:
         raise ValueError(f"--weight has {weight_shape[0]} output channels, which --groups (={groups}) must divide")
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
-    width, kernel_width = arguments.shape[3], weight_shape[3]
-    out_width = (width + 2 * (kernel_width // 2) - kernel_width) // arguments.stride + 1
+    padding = weight_shape[2] // 2, weight_shape[3] // 2
     input = torch.empty(arguments.shape, memory_format=layout, **factory)
-    return input, weight, *transformed, groups, out_width
+    return input, weight, *transformed, groups, ((arguments.stride,) * 2, padding, (1, 1))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Pair = tuple[int, int]  # of rows and columns
+Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
+
 
 def output_size(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]

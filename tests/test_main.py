@@ -111,6 +111,41 @@ def test_a_problem_is_explained(capsys: pytest.CaptureFixture, arguments: list[s
     assert told["cpu"].startswith(reason or "covers it")
 
 
+@pytest.mark.parametrize(
+    ("problem", "shape", "weight", "more", "how"),
+    [
+        ("grouped_conv2d", "2,8,28,28", "8,1,3,3", [], "by 3x3 planes in columns"),
+        ("grouped_conv2d", "2,8,14,14", "8,1,3,3", ["--stride", "2"], "by 3x3 planes, two to a vector (avx512)"),
+        ("grouped_conv2d", "2,8,14,14", "8,1,3,3", ["--stride", "3"], "by small planes, channels in the lanes"),
+        ("grouped_conv2d", "2,8,7,7", "8,1,3,3", ["--channels-last"], "by channels_last rows, 3x3"),
+        ("grouped_conv2d", "2,8,7,7", "8,1,5,5", ["--channels-last"], "by channels_last pixels"),
+        (
+            "grouped_conv2d",
+            "2,8,7,7",
+            "16,1,3,3",
+            ["--channels-last", "--groups", "8"],
+            "by padded planes, copied to NCHW",
+        ),
+        ("grouped_conv2d", "2,8,7,7", "8,2,3,3", ["--groups", "4"], "by padded planes of a group"),
+        ("refocus_weight", None, "8,1,3,3", [], "as a product with the unfolded basis: rows of 72 entries"),
+        ("refocus_weight", None, "8,8,3,3", [], "with as many 3x3 kernels at once as a vector has lanes"),
+        ("refocus_weight", None, "4,1,5,5", [], "with scalar code: rows of 36 entries"),
+        ("refconv2d", "2,8,30,30", "8,1,5,5", [], "as a product .* convolved by padded planes"),
+        ("thin_refconv2d", "2,8,30,30", "8,1,5,5", [], "with W_t made in the same call; convolved by padded planes"),
+    ],
+)
+@needs_native
+def test_the_kernel_is_named(
+    capsys: pytest.CaptureFixture, problem: str, shape: str | None, weight: str, more: list[str], how: str
+) -> None:
+    if "avx512" in how and "avx512" not in cpu.native.instruction_sets():
+        pytest.skip("two planes need vectors of 16 floats")
+    described = ["--weight", weight, *([] if shape is None else ["--shape", shape]), *more]
+    (line,) = (t for t in printed(capsys, ["info", "--problem", problem, *described]) if t.startswith("cpu"))
+    pattern = how if ".*" in how else re.escape(how)
+    assert re.match(f"cpu        covers it {pattern}", line)
+
+
 def test_a_problem_on_a_gpu_is_explained_without_one(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

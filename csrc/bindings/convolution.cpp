@@ -9,44 +9,54 @@
 namespace refconv::bindings {
 namespace {
 
-template <typename S>
-const refconv::cpu::GroupedKernels<S>& grouped_kernels(const GroupedProblem& p, bool nhwc) {
+// The instruction set whose kernels a problem gets, for elements of so many bytes.
+const cpu::InstructionSet& set_of(const GroupedProblem& p, bool nhwc, int64_t element_bytes) {
   // What lies along a vector: channels, or columns of the output in both directions. Wide planes of the 3x3 kernels
   // gain more from wide vectors than they lose by lanes left idle, and narrow ones share them.
   const bool channels = nhwc || cpu::has_turned_planes(p);
-  if (!channels && cpu::has_planes_3x3(p) && (p.out_w > 48 || cpu::has_twin_planes(p, sizeof(S)))) {
-    return cpu::instruction_set().kernels.grouped<S>();
+  if (!channels && cpu::has_planes_3x3(p) && (p.out_w > 48 || cpu::has_twin_planes(p, element_bytes))) {
+    return cpu::instruction_set();
   }
-  const int64_t width = channels ? p.channels : p.out_w;
-  return refconv::cpu::instruction_set_for_rows(width, sizeof(refconv::Compute<S>)).kernels.grouped<S>();
+  return cpu::instruction_set_for_rows(channels ? p.channels : p.out_w, std::max<int64_t>(element_bytes, 4));
 }
 
-GroupedProblem grouped_problem(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+template <typename S>
+const cpu::GroupedKernels<S>& grouped_kernels(const GroupedProblem& p, bool nhwc) {
+  return set_of(p, nhwc, sizeof(S)).kernels.grouped<S>();
+}
+
+GroupedProblem grouped_problem(const Ints& input, const Ints& weight, const Ints& stride, const Ints& padding,
                                const Ints& dilation) {
-  check_like(input, input, 4);
-  check_like(weight, input, 4);
+  STD_TORCH_CHECK(input.size() == 4 && weight.size() == 4, "input and weight must have four dimensions");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "stride, padding and dilation must have two elements");
   GroupedProblem p{};
-  p.batch = input.size(0), p.channels = input.size(1), p.in_h = input.size(2), p.in_w = input.size(3);
-  p.kernel_h = weight.size(2), p.kernel_w = weight.size(3);
+  p.batch = input[0], p.channels = input[1], p.in_h = input[2], p.in_w = input[3];
+  p.kernel_h = weight[2], p.kernel_w = weight[3];
   p.stride_h = stride[0], p.stride_w = stride[1];
   p.pad_h = padding[0], p.pad_w = padding[1];
   p.dilation_h = dilation[0], p.dilation_w = dilation[1];
-  p.per_group = weight.size(1);
-  STD_TORCH_CHECK(p.channels > 0 && p.per_group > 0 && p.channels % p.per_group == 0 && weight.size(0) > 0 &&
-                      weight.size(0) % p.groups() == 0,
+  p.per_group = weight[1];
+  STD_TORCH_CHECK(p.channels > 0 && p.per_group > 0 && p.channels % p.per_group == 0 && weight[0] > 0 &&
+                      weight[0] % p.groups() == 0,
                   "weight must be [out_channels, channels / groups, kernel_h, kernel_w], groups a divisor of both");
   STD_TORCH_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 &&
                       p.dilation_w > 0 && p.pad_h >= 0 && p.pad_w >= 0,
                   "kernel, stride and dilation must be positive, padding not negative");
-  p.multiplier = weight.size(0) / p.groups();
+  p.multiplier = weight[0] / p.groups();
   const int64_t span_h = p.in_h + 2 * p.pad_h - (p.kernel_h - 1) * p.dilation_h - 1;
   const int64_t span_w = p.in_w + 2 * p.pad_w - (p.kernel_w - 1) * p.dilation_w - 1;
   STD_TORCH_CHECK(span_h >= 0 && span_w >= 0, "the kernel must fit into the padded input");
   p.out_h = span_h / p.stride_h + 1;
   p.out_w = span_w / p.stride_w + 1;
   return p;
+}
+
+GroupedProblem grouped_problem(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                               const Ints& dilation) {
+  check_like(input, input, 4);
+  check_like(weight, input, 4);
+  return grouped_problem(sizes_of(input), sizes_of(weight), stride, padding, dilation);
 }
 
 // Whether a feature map is channels_last in memory and not NCHW as well, as PyTorch answers it.
@@ -74,7 +84,23 @@ Tensor feature_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t 
   return torch::stable::transpose(torch::stable::transpose(torch::stable::new_empty(like, {n, h, w, c}), 1, 3), 2, 3);
 }
 
+std::string name_of(const GroupedProblem& p, bool channels_last, int64_t element_bytes) {
+  if (channels_last && has_nhwc(p)) return cpu::has_nhwc_3x3(p) ? "channels_last rows, 3x3" : "channels_last pixels";
+  if (cpu::has_turned_planes(p)) return "small planes, channels in the lanes";
+  if (!cpu::has_planes_3x3(p)) return p.per_group == 1 ? "padded planes" : "padded planes of a group";
+  const bool twins = cpu::has_twin_planes(p, element_bytes) && set_of(p, false, element_bytes).vector_bytes == 64;
+  return twins ? "3x3 planes, two to a vector" : "3x3 planes in columns";
+}
+
 }  // namespace
+
+std::string grouped_kernel(const Ints& input, const Ints& weight, const Ints& stride, const Ints& padding,
+                           const Ints& dilation, bool channels_last, int64_t element_bytes) {
+  const GroupedProblem p = grouped_problem(input, weight, stride, padding, dilation);
+  const bool copied = channels_last && !has_nhwc(p);
+  return name_of(p, channels_last, element_bytes) + (copied ? ", copied to NCHW and back" : "") + " (" +
+         set_of(p, channels_last && !copied, element_bytes).name + ")";
+}
 
 Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
                       Ints padding, Ints dilation) {

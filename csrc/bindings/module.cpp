@@ -56,6 +56,9 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("width"), pybind11::arg("element_bytes"),
       "The instruction set that a grouped convolution with output rows of `width` elements gets.");
+  m.def("grouped_kernel", &refconv::bindings::grouped_kernel, pybind11::arg("input"), pybind11::arg("weight"),
+        pybind11::arg("stride"), pybind11::arg("padding"), pybind11::arg("dilation"), pybind11::arg("channels_last"),
+        pybind11::arg("element_bytes"), "The kernel that runs a convolution of these shapes forward, in words.");
   m.def(
       "set_instruction_set", [](const std::string& name) { refconv::cpu::set_instruction_set(name); },
       pybind11::arg("name"), "Use only this instruction set from now on, for tests and measurements; or \"auto\".");

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "tensors.h"
@@ -13,6 +14,9 @@
 namespace refconv::bindings {
 
 // convolution.cpp
+// Which kernel runs a problem of these sizes forward, and its instruction set, for people.
+std::string grouped_kernel(const Ints& input, const Ints& weight, const Ints& stride, const Ints& padding,
+                           const Ints& dilation, bool channels_last, int64_t element_bytes);
 Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
                       Ints padding, Ints dilation);
 // dx, dW and dbias; what is not wanted comes back as an empty tensor.

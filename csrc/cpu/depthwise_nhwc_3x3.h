@@ -7,12 +7,6 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-// Whether these loops cover a problem.
-inline bool has_nhwc_3x3(const GroupedProblem& p) {
-  return p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == p.stride_w && p.stride_w <= 2 && p.pad_h <= 1 &&
-         p.pad_w <= 1 && p.dilation_h == 1 && p.dilation_w == 1;
-}
-
 // Rows that are needed next and should be in the second cache by then: outputs too, since what is written has to be
 // there as well. A vector for each pixel, in the order of memory; reaching one far from the other one by one is slow.
 template <typename S>

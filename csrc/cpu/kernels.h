@@ -112,6 +112,12 @@ template <> inline FoldedAdamKernel<double> Kernels::folded_adam() const { retur
   return has_planes_3x3(p) && element_bytes == 4 && p.out_w <= 8 && p.in_w <= 16;
 }
 
+// Whether channels_last maps have the loops of depthwise_nhwc_3x3.h.
+[[maybe_unused]] static bool has_nhwc_3x3(const GroupedProblem& p) {
+  return p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == p.stride_w && p.stride_w <= 2 && p.pad_h <= 1 &&
+         p.pad_w <= 1 && p.dilation_h == 1 && p.dilation_w == 1;
+}
+
 // Whether planes are so small that a block of channels is turned into the lanes of vectors (turned_planes.cpp).
 [[maybe_unused]] static bool has_turned_planes(const GroupedProblem& p) {
   constexpr int64_t kMost = 400;  // pixels of x and y: the turned maps of a block of channels stay near the first cache

@@ -10,9 +10,8 @@ from torch.autograd import Function
 
 from refconv_kernels import reference
 from refconv_kernels.autograd.calls import derive
+from refconv_kernels.geometry import Pair
 from refconv_kernels.ops import KERNELS
-
-Pair = tuple[int, int]
 
 
 class GroupedConv2d(Function):

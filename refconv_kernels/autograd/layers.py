@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from refconv_kernels import reference
 from refconv_kernels.autograd.calls import apply
-from refconv_kernels.autograd.convolution import GroupedConv2dBackward, Pair
+from refconv_kernels.autograd.convolution import GroupedConv2dBackward
 from refconv_kernels.autograd.weights import (
     RefocusWeight,
     RefocusWeightBackward,
@@ -18,6 +18,7 @@ from refconv_kernels.autograd.weights import (
     ThinRefocusWeightBackward,
     basis_gradient,
 )
+from refconv_kernels.geometry import Pair
 from refconv_kernels.ops import KERNELS
 
 

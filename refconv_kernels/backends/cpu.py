@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from refconv_kernels.geometry import is_channels_last
+from refconv_kernels.geometry import Geometry, is_channels_last
 
 _ADAM_DTYPES = (torch.float32, torch.float64)
 _DTYPES = (*_ADAM_DTYPES, torch.bfloat16, torch.float16)
@@ -61,15 +61,30 @@ def refocus_weight_limits(basis: Tensor, refocus: Tensor) -> str | None:
 
 def refocus_weight_slower(basis: Tensor, refocus: Tensor) -> str | None:
     """Why ``"auto"`` leaves this problem to PyTorch (``docs/performance.md``); None when it does not."""
-    kernels, group_size, map_size, _ = refocus.shape
-    dense_3x3 = group_size == 1 and map_size == 3 and basis.shape[2:] == (3, 3)  # csrc/cpu/refocus_dense_3x3.h
-    row = group_size * map_size**2
-    if row >= _WIDE_ROW or dense_3x3 or basis.dtype == torch.float64:
+    if basis.dtype == torch.float64 or _is_wide(refocus) or _is_dense_3x3(basis, refocus):
         return None
-    work = kernels * row * basis.shape[2] * basis.shape[3]
+    work = refocus.numel() * basis.shape[2] * basis.shape[3]
     if work > _NARROW_WORK:
-        return f"refocus groups of {group_size} kernels, {work} multiply-adds: PyTorch's is faster"
+        return f"refocus groups of {refocus.shape[1]} kernels, {work} multiply-adds: PyTorch's is faster"
     return None
+
+
+def refocus_weight_how(basis: Tensor, refocus: Tensor) -> str:
+    """Which of the kernels (``csrc/cpu/refocus.cpp``), in words."""
+    rows = f"rows of {refocus[0].numel()} entries"
+    if _is_wide(refocus):
+        return f"as a product with the unfolded basis: {rows}, {_WIDE_ROW} at least"
+    if _is_dense_3x3(basis, refocus):
+        return "with as many 3x3 kernels at once as a vector has lanes: dense, 3x3 taps"
+    return f"with scalar code: {rows}"
+
+
+def _is_wide(refocus: Tensor) -> bool:
+    return refocus.shape[1] * refocus.shape[2] ** 2 >= _WIDE_ROW
+
+
+def _is_dense_3x3(basis: Tensor, refocus: Tensor) -> bool:
+    return refocus.shape[1:] == (1, 3, 3) and basis.shape[2:] == (3, 3)
 
 
 def thin_refocus_weight_limits(basis: Tensor, coordinates: Tensor, factor: Tensor) -> str | None:
@@ -82,7 +97,7 @@ def thin_refocus_weight_slower(basis: Tensor, coordinates: Tensor, factor: Tenso
     return None
 
 
-def grouped_conv2d_limits(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:
+def grouped_conv2d_limits(input: Tensor, weight: Tensor, groups: int, geometry: Geometry) -> str | None:
     """Why the ``grouped_conv2d`` kernel does not cover this problem; None when it does."""
     if groups == 1 and input.shape[-3] != 1:
         return "groups (=1): the kernel is for grouped and depthwise convolutions"
@@ -91,7 +106,7 @@ def grouped_conv2d_limits(input: Tensor, weight: Tensor, groups: int, out_width:
     return _limits(input, "input", _DTYPES)
 
 
-def grouped_conv2d_slower(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:
+def grouped_conv2d_slower(input: Tensor, weight: Tensor, groups: int, geometry: Geometry) -> str | None:
     """Why ``"auto"`` leaves this problem to PyTorch (``docs/performance.md``); None when it does not."""
     if input.dtype not in _ONEDNN_DTYPES:
         return None
@@ -103,28 +118,49 @@ def grouped_conv2d_slower(input: Tensor, weight: Tensor, groups: int, out_width:
     return None
 
 
-def refconv2d_limits(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, out_width: int) -> str | None:
+def grouped_conv2d_how(input: Tensor, weight: Tensor, groups: int, geometry: Geometry) -> str:
+    """Which of the kernels (``csrc/bindings/convolution.cpp``) runs the forward, in words."""
+    assert native is not None
+    layout = is_channels_last(input) or is_channels_last(weight)
+    shapes = (list(t.shape) for t in (input, weight))
+    return f"by {native.grouped_kernel(*shapes, *map(list, geometry), layout, input.element_size())}"
+
+
+def refconv2d_limits(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, geometry: Geometry) -> str | None:
     """Why the ``refconv2d`` kernel, both steps in one call, does not cover this problem; None when it does."""
-    return refocus_weight_limits(basis, refocus) or grouped_conv2d_limits(input, basis, groups, out_width)
+    return refocus_weight_limits(basis, refocus) or grouped_conv2d_limits(input, basis, groups, geometry)
 
 
-def refconv2d_slower(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, out_width: int) -> str | None:
+def refconv2d_slower(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, geometry: Geometry) -> str | None:
     """Why ``"auto"`` takes the two steps one by one (``docs/performance.md``); None when it does not."""
-    return refocus_weight_slower(basis, refocus) or grouped_conv2d_slower(input, basis, groups, out_width)
+    return refocus_weight_slower(basis, refocus) or grouped_conv2d_slower(input, basis, groups, geometry)
+
+
+def refconv2d_how(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, geometry: Geometry) -> str:
+    """Which kernels run the two steps, in words."""
+    transform = refocus_weight_how(basis, refocus)
+    return f"{transform}; convolved {grouped_conv2d_how(input, basis, groups, geometry)}"
 
 
 def thin_refconv2d_limits(
-    input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, out_width: int
+    input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, geometry: Geometry
 ) -> str | None:
     """Why the ``thin_refconv2d`` kernel, both steps in one call, does not cover this problem; None when it does."""
-    return grouped_conv2d_limits(input, basis, groups, out_width)
+    return grouped_conv2d_limits(input, basis, groups, geometry)
 
 
 def thin_refconv2d_slower(
-    input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, out_width: int
+    input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, geometry: Geometry
 ) -> str | None:
     """Why ``"auto"`` takes the two steps one by one (``docs/performance.md``); None when it does not."""
-    return grouped_conv2d_slower(input, basis, groups, out_width)
+    return grouped_conv2d_slower(input, basis, groups, geometry)
+
+
+def thin_refconv2d_how(
+    input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, geometry: Geometry
+) -> str:
+    """Which kernel runs the convolution, in words."""
+    return f"with W_t made in the same call; convolved {grouped_conv2d_how(input, basis, groups, geometry)}"
 
 
 def folded_adam_limits(first: Tensor) -> str | None:

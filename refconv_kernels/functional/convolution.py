@@ -11,7 +11,6 @@ from refconv_kernels import reference
 from refconv_kernels.autocast import autocast_dtype, cast
 from refconv_kernels.autograd import GroupedConv2d, apply
 from refconv_kernels.checks import check_dims, check_groups, check_padding, check_same, check_tensors, pair
-from refconv_kernels.geometry import output_size
 from refconv_kernels.ops import choose
 
 
@@ -92,11 +91,11 @@ def conv2d(
 
     # A convolution without groups is PyTorch's own on every backend, one with many channels per group may be.
     if groups > 1 or weight.shape[1] == 1:
-        problem = (input, weight, groups, output_size(input, weight, stride, before, dilation)[1])
-        backend = choose("grouped_conv2d", *problem, optional=weight.shape[1] > 1)
+        geometry = stride, before, dilation
+        backend = choose("grouped_conv2d", input, weight, groups, geometry, optional=weight.shape[1] > 1)
         if backend != "reference":
             batched = input.unsqueeze(0) if input.dim() == 3 else input
-            output = apply(GroupedConv2d, batched, weight, bias, stride, before, dilation, backend)
+            output = apply(GroupedConv2d, batched, weight, bias, *geometry, backend)
             return output.squeeze(0) if input.dim() == 3 else output
     return reference.conv2d(input, weight, bias, stride, before, dilation, groups)
 

@@ -137,7 +137,6 @@ def _one_call(
         return "reference"
     if min(*stride, *dilation) < 1 or min(padding) < 0:
         return "reference"
-    out_size = output_size(input, basis, stride, padding, dilation)
-    if min(out_size) < 1:
+    if min(output_size(input, basis, stride, padding, dilation)) < 1:
         return "reference"
-    return choose(operator, input, basis, *weights, groups, out_size[1], optional=True)
+    return choose(operator, input, basis, *weights, groups, (stride, padding, dilation), optional=True)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refconv_kernels.geometry import Geometry
+
 _REFOCUS_DTYPES = (torch.float32, torch.float64)
 _CONV_DTYPES = (*_REFOCUS_DTYPES, torch.bfloat16, torch.float16)
 _LARGEST_KERNEL = 31
@@ -60,7 +62,7 @@ def refocus_weight_limits(basis: Tensor, refocus: Tensor) -> str | None:
     return _limits(basis, "basis", _REFOCUS_DTYPES)
 
 
-def grouped_conv2d_limits(input: Tensor, weight: Tensor, groups: int, out_width: int) -> str | None:
+def grouped_conv2d_limits(input: Tensor, weight: Tensor, groups: int, geometry: Geometry) -> str | None:
     """Why the ``grouped_conv2d`` kernel does not cover this problem; None when it does."""
     if groups != input.shape[-3] or weight.shape[1] != 1:
         return f"groups (={groups}) differs from in_channels (={input.shape[-3]}), the kernel is depthwise"
@@ -75,12 +77,12 @@ def grouped_conv2d_limits(input: Tensor, weight: Tensor, groups: int, out_width:
     return _limits(input, "input", _CONV_DTYPES)
 
 
-def refconv2d_limits(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, out_width: int) -> str | None:
+def refconv2d_limits(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, geometry: Geometry) -> str | None:
     """Why the ``refconv2d`` kernels, both steps in one call, do not cover this problem; None when they do."""
-    return refocus_weight_limits(basis, refocus) or grouped_conv2d_limits(input, basis, groups, out_width)
+    return refocus_weight_limits(basis, refocus) or grouped_conv2d_limits(input, basis, groups, geometry)
 
 
-def refconv2d_how(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, out_width: int) -> str:
+def refconv2d_how(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, geometry: Geometry) -> str:
     """Whether the two steps are one kernel each way, and why."""
     from refconv_kernels.backends.triton import fused
 
@@ -100,15 +102,15 @@ def thin_refocus_weight_limits(basis: Tensor, coordinates: Tensor, factor: Tenso
 
 
 def thin_refconv2d_limits(
-    input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, out_width: int
+    input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, geometry: Geometry
 ) -> str | None:
     """Why the ``thin_refconv2d`` kernels, both steps in one call, do not cover this problem; None when they do."""
     transform = thin_refocus_weight_limits(basis, coordinates, factor)
-    return transform or grouped_conv2d_limits(input, basis, groups, out_width)
+    return transform or grouped_conv2d_limits(input, basis, groups, geometry)
 
 
 def thin_refconv2d_how(
-    input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, out_width: int
+    input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, geometry: Geometry
 ) -> str:
     """Whether the convolution's kernels make ``W_t`` themselves, and why."""
     from refconv_kernels.backends.triton import thin
