@@ -31,7 +31,7 @@ struct Column {
   Vec<Compute<S>> load_row(const S* row) const {
     return LAST ? load_lanes(row, count) : load(row);
   }
-  // Those left of them and right of them, `v`.
+  // The pixels one further left and one further right; `v` are the row's own.
   template <typename S>
   Vec<Compute<S>> load_left(const S* row, Vec<Compute<S>> v) const {
     if constexpr (FIRST) return lane_up<Compute<S>>(v, Vec<Compute<S>>{});
