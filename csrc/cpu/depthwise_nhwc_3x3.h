@@ -13,7 +13,7 @@ template <typename S>
 struct Ahead {
   const S* from;
   int64_t rows;
-  void fetch(int64_t pixel) const {
+  REFCONV_INLINE void fetch(int64_t pixel) const {
     for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(from + (pixel * rows + r) * kLanes<Compute<S>>, 0, 2);
   }
   // After the last pixel of a row, for the next vector of channels.

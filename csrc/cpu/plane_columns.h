@@ -99,7 +99,6 @@ template <typename S, int VECTORS>
 struct NextPlane {
   const S *x = nullptr, *y = nullptr, *dx = nullptr;
 
-  // Inlined at once: GCC takes a function that only fetches for one without effects, and drops calls of it.
   REFCONV_INLINE void fetch(int64_t row) const {
     constexpr int64_t kLane = kLanes<Compute<S>>;
     if (x != nullptr) {

@@ -19,7 +19,8 @@
 #error "REFCONV_ISA (namespace) and REFCONV_VECTOR_BYTES are set by CMakeLists.txt"
 #endif
 
-// For loops that are called once per small plane: arguments in memory would cost as much as its rows.
+// For loops that are called once per small plane, where arguments in memory would cost as much as its rows, and for
+// what only fetches.
 #define REFCONV_INLINE inline __attribute__((always_inline))
 
 namespace refconv::cpu::REFCONV_ISA {
@@ -84,9 +85,10 @@ inline V in_register(V v) {
   return v;
 }
 
-// Asks for `count` elements to be in the second cache soon. Any address may be named.
+// Asks for `count` elements to be in the second cache soon. Any address may be named. Whatever only fetches is inlined
+// at once: GCC takes a function that does nothing else for one without effects, and drops calls of it.
 template <typename S>
-inline void prefetch(const S* from, int64_t count) {
+REFCONV_INLINE void prefetch(const S* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(from + i, 0, 2);
 }
 
