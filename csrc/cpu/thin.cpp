@@ -49,6 +49,7 @@ void product(const S* from, const S* start, const Matrix<S>& matrix, int64_t j, 
   constexpr int64_t kLane = kLanes<T>;
   const int64_t inner = matrix.rows(), columns = matrix.columns();
   Vec<T> sums[ROWS][VECTORS];
+#pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r) {
     for (int v = 0; v < VECTORS; ++v) {
       const int64_t column = j + v * kLane;
@@ -58,11 +59,13 @@ void product(const S* from, const S* start, const Matrix<S>& matrix, int64_t j, 
   for (int64_t i = 0; i < inner; ++i) {
     Vec<T> row[VECTORS];
     for (int v = 0; v < VECTORS; ++v) row[v] = load(matrix.at(i, j + v * kLane));
+#pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) {
       const Vec<T> factor = broadcast(load_one(from + r * inner + i));
       for (int v = 0; v < VECTORS; ++v) sums[r][v] += factor * row[v];
     }
   }
+#pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r) {
     for (int v = 0; v < VECTORS; ++v) {
       const int64_t column = j + v * kLane;
