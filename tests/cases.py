@@ -11,6 +11,8 @@ from torch import Tensor
 
 from refconv_kernels.functional import refocus_factor
 
+UNIT = ((1, 1), (1, 1), (1, 1))  # a geometry for rules: stride, padding, dilation
+
 
 @dataclass(frozen=True)
 class Case:

@@ -13,6 +13,7 @@ from torch import Tensor
 import refconv_kernels
 from refconv_kernels import functional, ops, use_backend
 from refconv_kernels.backends import cpu
+from tests.cases import UNIT
 from tests.conftest import BACKENDS, needs_native
 
 
@@ -83,19 +84,19 @@ def test_auto_takes_the_native_kernel_and_reference_does_not(monkeypatch: pytest
 def test_grouped_limits_name_what_is_not_covered() -> None:
     x = torch.randn(1, 34, 5, 5)
     few = "groups (=1): the kernel is for grouped and depthwise convolutions"
-    assert cpu.grouped_conv2d_limits(x, torch.randn(4, 34, 3, 3), 1, 3) == few
+    assert cpu.grouped_conv2d_limits(x, torch.randn(4, 34, 3, 3), 1, UNIT) == few
     many = "in_channels / groups (=17), the kernel covers at most 16"
-    assert cpu.grouped_conv2d_limits(x, torch.randn(4, 17, 3, 3), 2, 3) == many
-    assert cpu.grouped_conv2d_limits(x, torch.randn(34, 2, 3, 3), 17, 3) is None
-    assert cpu.grouped_conv2d_limits(x, torch.randn(68, 1, 3, 3), 34, 3) is None
-    assert cpu.grouped_conv2d_slower(x, torch.randn(34, 2, 3, 3), 17, 3) is None
+    assert cpu.grouped_conv2d_limits(x, torch.randn(4, 17, 3, 3), 2, UNIT) == many
+    assert cpu.grouped_conv2d_limits(x, torch.randn(34, 2, 3, 3), 17, UNIT) is None
+    assert cpu.grouped_conv2d_limits(x, torch.randn(68, 1, 3, 3), 34, UNIT) is None
+    assert cpu.grouped_conv2d_slower(x, torch.randn(34, 2, 3, 3), 17, UNIT) is None
     eight = "in_channels / groups (=8) is a multiple of 8: PyTorch's is faster"
-    assert cpu.grouped_conv2d_slower(x, torch.randn(4, 8, 3, 3), 4, 3) == eight
-    assert cpu.grouped_conv2d_slower(x.double(), torch.randn(4, 8, 3, 3).double(), 4, 3) is None
+    assert cpu.grouped_conv2d_slower(x, torch.randn(4, 8, 3, 3), 4, UNIT) == eight
+    assert cpu.grouped_conv2d_slower(x.double(), torch.randn(4, 8, 3, 3).double(), 4, UNIT) is None
     copied = "channels_last would be copied to NCHW and back: PyTorch's is faster"
     last = torch.randn(2, 34, 5, 5).to(memory_format=torch.channels_last)
-    assert cpu.grouped_conv2d_slower(last, torch.randn(34, 2, 3, 3), 17, 5) == copied
-    assert cpu.grouped_conv2d_slower(last, torch.randn(68, 1, 3, 3), 34, 5) is None
+    assert cpu.grouped_conv2d_slower(last, torch.randn(34, 2, 3, 3), 17, UNIT) == copied
+    assert cpu.grouped_conv2d_slower(last, torch.randn(68, 1, 3, 3), 34, UNIT) is None
     with use_backend("cpu"):  # grouped, but not covered: PyTorch's on every backend
         assert functional.conv2d(x, torch.randn(4, 17, 3, 3), groups=2).shape == (1, 4, 3, 3)
 
@@ -119,14 +120,14 @@ def test_auto_leaves_to_pytorch_what_pytorch_does_faster() -> None:
     kernel = ops.KERNELS["refocus_weight"]["cpu"]
     assert kernel.slower(*groupwise) == "refocus groups of 2 kernels, 331776 multiply-adds: PyTorch's is faster"
     x = torch.empty(1, 4, 7, 7)
-    assert ops.choose("grouped_conv2d", x, torch.empty(4, 1, 3, 3), 4, 7) == "cpu"
+    assert ops.choose("grouped_conv2d", x, torch.empty(4, 1, 3, 3), 4, UNIT) == "cpu"
     # Both steps in one call where both are ours, one by one where one is not.
     assert (
-        ops.choose("refconv2d", torch.empty(1, 8, 7, 7), torch.empty(8, 1, 3, 3), torch.empty(8, 8, 3, 3), 8, 7)
+        ops.choose("refconv2d", torch.empty(1, 8, 7, 7), torch.empty(8, 1, 3, 3), torch.empty(8, 8, 3, 3), 8, UNIT)
         == "cpu"
     )
     octets = torch.empty(16, 8, 3, 3), torch.empty(128, 2, 3, 3)
-    assert ops.choose("refconv2d", torch.empty(1, 16, 7, 7), *octets, 2, 7) == "reference"
+    assert ops.choose("refconv2d", torch.empty(1, 16, 7, 7), *octets, 2, UNIT) == "reference"
 
 
 @pytest.mark.parametrize(

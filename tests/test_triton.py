@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.compiled_kernels import TARGETS
 from refconv_kernels import RefConv2d, functional, ops, use_backend
 from refconv_kernels.backends import triton
-from tests.cases import CASES, SMALL, Case
+from tests.cases import CASES, SMALL, UNIT, Case
 from tests.test_ops import DTYPES, KERNEL_DTYPES, _samples, check, operators
 from tests.tolerances import assert_close
 
@@ -280,23 +280,23 @@ def test_compile_fullgraph() -> None:
 def test_limits_name_what_is_not_covered() -> None:
     x, weight = torch.empty(1, 4, 5, 5, device=DEVICE), torch.empty(4, 1, 3, 3, device=DEVICE)
     limits = triton.grouped_conv2d_limits
-    assert limits(x, weight, 4, 5) is None
-    assert limits(x, weight, 2, 5) == "groups (=2) differs from in_channels (=4), the kernel is depthwise"
+    assert limits(x, weight, 4, UNIT) is None
+    assert limits(x, weight, 2, UNIT) == "groups (=2) differs from in_channels (=4), the kernel is depthwise"
     large = torch.empty(4, 1, 3, 32, device=DEVICE)
-    assert limits(x, large, 4, 5) == "kernel_size (=(3, 32)), the kernel covers at most 31"
+    assert limits(x, large, 4, UNIT) == "kernel_size (=(3, 32)), the kernel covers at most 31"
     huge = torch.empty(1, 4, 40000, 20000, device="meta")
-    assert "is beyond 2^31 pixels, or elements of an image" in limits(huge, weight, 4, 5)
+    assert "is beyond 2^31 pixels, or elements of an image" in limits(huge, weight, 4, UNIT)
     many = torch.empty(65536, 1, 3, 3, device="meta")
-    assert limits(x, many, 4, 5) == "out_channels (=65536), the kernel covers less than 65536"
-    assert limits(x.cfloat(), weight, 4, 5).startswith("input has dtype torch.complex64, the kernel covers")
+    assert limits(x, many, 4, UNIT) == "out_channels (=65536), the kernel covers less than 65536"
+    assert limits(x.cfloat(), weight, 4, UNIT).startswith("input has dtype torch.complex64, the kernel covers")
     assert triton.refocus_weight_limits(weight.half(), weight).startswith("basis has dtype torch.float16")
     assert triton.refocus_weight_limits(weight.to("meta"), weight) == f"basis is on meta, the kernel runs on {DEVICE}"
-    assert triton.refconv2d_limits(x, weight, weight, 2, 5) == limits(x, weight, 2, 5)
+    assert triton.refconv2d_limits(x, weight, weight, 2, UNIT) == limits(x, weight, 2, UNIT)
 
 
 def test_auto_leaves_the_interpreter_alone() -> None:
     x, weight = torch.empty(1, 4, 5, 5, device=DEVICE), torch.empty(4, 1, 3, 3, device=DEVICE)
-    assert (ops.choose("grouped_conv2d", x, weight, 4, 5) == "triton") is (DEVICE == "cuda")
+    assert (ops.choose("grouped_conv2d", x, weight, 4, UNIT) == "triton") is (DEVICE == "cuda")
 
 
 _GUARDED = """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refconv_kernels import RefConv2d, functional, ops, reference, use_backend
 from refconv_kernels.backends import triton
-from tests.cases import DEPTHWISE, OTHERS, SMALL, Case
+from tests.cases import DEPTHWISE, OTHERS, SMALL, UNIT, Case
 from tests.test_ops import DTYPES, KERNEL_DTYPES, layout_of
 from tests.tolerances import assert_close
 
@@ -150,7 +150,7 @@ def test_which_problems_make_their_weights_in_registers(monkeypatch: pytest.Monk
         check(case, layouts=LAYOUTS[:1])
         assert len(products) == launches  # W_t, forward and backward; dE is the end of the sum
         x, basis, coordinates, factor, _ = tensors_of(case)
-        how = triton.thin_refconv2d_how(x, basis, coordinates, factor, case.groups, case.width)
+        how = triton.thin_refconv2d_how(x, basis, coordinates, factor, case.groups, UNIT)
         assert how.startswith("with a kernel of its own for W_t: " if launches else "with W_t made in registers: ")
     assert how.endswith("25 coordinates for 5x5 kernels, multiplier 1; registers take 9 coordinates and taps at most, "
                         "and multiplier 1")  # fmt: skip
@@ -241,7 +241,7 @@ def test_limits_name_what_is_not_covered() -> None:
     limits = triton.thin_refconv2d_limits(x, basis, *rest, 2, 5)
     assert limits == "groups (=2) differs from in_channels (=4), the kernel is depthwise"
     assert triton.thin_refconv2d_limits(x, basis.cfloat(), *rest, 4, 5).startswith("basis has dtype torch.complex64")
-    assert (ops.choose("thin_refconv2d", x, basis, *rest, 4, 5) == "triton") is (DEVICE == "cuda")
+    assert (ops.choose("thin_refconv2d", x, basis, *rest, 4, UNIT) == "triton") is (DEVICE == "cuda")
 
 
 _GUARDED = """
