@@ -119,6 +119,10 @@ def problems(quick: bool, turn: int = 0) -> Iterator[tuple[str, Callable[[], Any
                     if not quick:
                         yield name, partial(thin.convolution_forward, *form, None, False, *pads)
                         yield name, partial(thin.convolution_backward, dy, *form, True, *pads, False, True, True, False)
+                    if dtype == torch.bfloat16:  # under autocast the parameters keep their type
+                        form, name = (x, *(t.float() for t in form[1:])), name + " autocast"
+                        yield name, partial(thin.convolution_forward, *form, form[1][:, 0, 0, 0], True, *pads)
+                        yield name, partial(thin.convolution_backward, dy, *form, True, *pads, True, False, True, True)
     for dtype in dtypes[:1] if quick else (torch.float32, torch.float64):
         for size, stride in ((7, 1), (14, 2)):
             x, basis = torch.empty(8, 960, size, size, dtype=dtype), torch.empty(960, 1, 3, 3, dtype=dtype)
@@ -132,6 +136,11 @@ def problems(quick: bool, turn: int = 0) -> Iterator[tuple[str, Callable[[], Any
                 ),
             )
             yield name, partial(fused.backward, dy, x, basis, basis, 960, 3, *pads, True, True)
+            if dtype == torch.float32:
+                x, dy, maps = x.bfloat16(), dy.bfloat16(), torch.empty(960, 960, 3, 3)
+                name += " bfloat16 autocast"
+                yield name, partial(fused.forward, x, basis, maps, basis[:, 0, 0, 0], True, *pads)
+                yield name, partial(fused.backward, dy, x, basis.bfloat16(), basis, 960, 3, *pads, True, True)
     for shape, groups in BASES:
         for dtype in (torch.float32, torch.float64):
             basis = torch.empty(shape, dtype=dtype)
@@ -139,6 +148,8 @@ def problems(quick: bool, turn: int = 0) -> Iterator[tuple[str, Callable[[], Any
                 maps = torch.empty(shape[0] * shape[1], groups, map_size, map_size, dtype=dtype)
                 name = f"{'x'.join(map(str, shape))} g{groups} k{map_size} {str(dtype)[6:]}"
                 yield name, partial(refocus.forward, basis, maps, True)
+                if map_size == 3 and dtype == torch.float32:
+                    yield f"{name} to bfloat16", partial(refocus.forward, basis, maps, True, torch.bfloat16)
                 yield name, partial(refocus.backward, basis, basis, groups, map_size)
             if quick and dtype == torch.float64:
                 continue

@@ -21,14 +21,15 @@ SCHEMAS = {
         "(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
         "bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
     ),
+    # Layers: W_t takes the type of the input; the convolution is the backend's or, not own_convolution, PyTorch's.
     "refconv2d": (  # the output and W_t
         "(Tensor input, Tensor basis, Tensor refocus, Tensor? bias, bool identity, int[2] stride, int[2] padding, "
-        "int[2] dilation) -> (Tensor, Tensor)"
+        "int[2] dilation, bool own_convolution) -> (Tensor, Tensor)"
     ),
-    "refconv2d_backward": (  # the gradients of the input, of W_t, of W_r and of the bias
+    "refconv2d_backward": (  # the gradients of the input, of W_t (if the basis wants it), of W_r and of the bias
         "(Tensor grad_output, Tensor input, Tensor transformed, Tensor basis, int group_size, int map_size, "
         "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_basis, bool need_refocus, "
-        "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)"
+        "bool need_bias, bool own_convolution) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "folded_adam": (  # the direction and the updated root
         "(Tensor first, Tensor root, Tensor gradient, Tensor rotation, float keep, float scale_first, "
@@ -38,12 +39,12 @@ SCHEMAS = {
     "thin_refocus_weight_backward": "(Tensor grad_transformed, Tensor factor) -> Tensor",
     "thin_refconv2d": (
         "(Tensor input, Tensor basis, Tensor coordinates, Tensor factor, Tensor? bias, bool identity, int[2] stride, "
-        "int[2] padding, int[2] dilation) -> Tensor"
+        "int[2] padding, int[2] dilation, bool own_convolution) -> Tensor"
     ),
     "thin_refconv2d_backward": (  # the gradients of the input, of W_t, of E and of the bias
         "(Tensor grad_output, Tensor input, Tensor basis, Tensor coordinates, Tensor factor, bool identity, "
         "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_weight, bool need_coordinates, "
-        "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)"
+        "bool need_bias, bool own_convolution) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -93,9 +94,10 @@ def _fake_refconv2d(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    own_convolution: bool,
 ) -> tuple[Tensor, Tensor]:
     output = _fake_grouped_conv2d(input, basis, bias, stride, padding, dilation)
-    return output, _fake_refocus_weight(basis, refocus, identity)
+    return output, input.new_empty(basis.shape)
 
 
 def _fake_refconv2d_backward(
@@ -112,10 +114,10 @@ def _fake_refconv2d_backward(
     need_basis: bool,
     need_refocus: bool,
     need_bias: bool,
+    own_convolution: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_weight = need_basis or need_refocus
     grad_input, grad_weight, grad_bias = _fake_grouped_conv2d_backward(
-        grad_output, input, transformed, stride, padding, dilation, need_input, need_weight, need_bias
+        grad_output, input, basis, stride, padding, dilation, need_input, need_basis, need_bias
     )
     grad_refocus = _fake_refocus_weight_backward(transformed, basis, group_size, map_size)
     return grad_input, grad_weight, grad_refocus if need_refocus else basis.new_empty(0), grad_bias
@@ -139,6 +141,7 @@ def _fake_thin_refconv2d(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    own_convolution: bool,
 ) -> Tensor:
     return _fake_grouped_conv2d(input, basis, bias, stride, padding, dilation)
 
@@ -157,6 +160,7 @@ def _fake_thin_refconv2d_backward(
     need_weight: bool,
     need_coordinates: bool,
     need_bias: bool,
+    own_convolution: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_input, grad_weight, grad_bias = _fake_grouped_conv2d_backward(
         grad_output, input, basis, stride, padding, dilation, need_input, need_weight, need_bias

@@ -65,6 +65,20 @@ def test_compiled_graph_holds_the_kernels_of_the_backend(native: bool) -> None:
     assert "refconv_cpu" not in graphs[-1]
 
 
+def test_compiled_graph_holds_pytorchs_convolutions() -> None:
+    """The compiler has plans of its own for them: they are no part of an opaque operator."""
+    names: list[str] = []
+
+    def spy(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        names.extend(node.target.__name__ for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    with torch.no_grad():
+        torch.compile(RefConv2d(4, 4, 3), backend=spy, fullgraph=True)(torch.randn(1, 4, 12, 12))
+    assert "conv2d" in names
+    assert not any("refconv2d" in name for name in names)
+
+
 def test_compile_with_dynamic_batch_and_eval(backend: str) -> None:
     layer = RefConv2d(4, 4, 3, groups=4)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)

@@ -93,7 +93,7 @@ def test_info_shows_the_backend_asked_for(capsys: pytest.CaptureFixture) -> None
         ([*DEPTHWISE[:2], "refconv2d", *DEPTHWISE[3:]], None),
         ([*DEPTHWISE[:2], "refconv2d", *DEPTHWISE[3:], "--dtype", "bfloat16"], None),
         ([*DEPTHWISE[:2], "thin_refconv2d", *DEPTHWISE[3:], "--dtype", "bfloat16"], None),
-        ([*DEPTHWISE[:2], "thin_refconv2d", *DEPTHWISE[3:], "--dtype", "complex64"], "input has dtype torch.complex64"),
+        ([*DEPTHWISE[:2], "thin_refconv2d", *DEPTHWISE[3:], "--dtype", "complex64"], "basis has dtype torch.complex64"),
         ([*REFOCUS[:1], "--problem", "thin_refocus_weight", *REFOCUS[3:], "--dtype", "float16"], None),
         ([*REFOCUS[:-1], "16,2,3,3", "--groups", "8"], None),
         ([*REFOCUS, "--dtype", "complex64"], "basis has dtype torch.complex64"),
@@ -131,6 +131,7 @@ def test_a_problem_is_explained(capsys: pytest.CaptureFixture, arguments: list[s
         ("refocus_weight", None, "8,8,3,3", [], "with as many 3x3 kernels at once as a vector has lanes"),
         ("refocus_weight", None, "4,1,5,5", [], "with scalar code: rows of 36 entries"),
         ("refconv2d", "2,8,30,30", "8,1,5,5", [], "as a product .* convolved by padded planes"),
+        ("refconv2d", "2,8,30,30", "8,8,3,3", [], "with as many 3x3 .*; convolved by PyTorch: groups \\(=1\\): the"),
         ("thin_refconv2d", "2,8,30,30", "8,1,5,5", [], "with W_t made in the same call; convolved by padded planes"),
     ],
 )

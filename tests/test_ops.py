@@ -137,7 +137,7 @@ def operators(backend: str) -> list[str]:
     return [name for name in SCHEMAS if backend in ops.KERNELS[name.removesuffix("_backward")]]
 
 
-def _samples(name: str, case: Case) -> tuple[object, ...]:
+def _samples(name: str, case: Case, own: bool = True) -> tuple[object, ...]:
     x, (basis, refocus, bias) = case.input(torch.float32), case.tensors(torch.float32)
     geometry = (list(case.stride), list(case.padding), list(case.dilation))
     if name == "folded_adam":
@@ -150,20 +150,20 @@ def _samples(name: str, case: Case) -> tuple[object, ...]:
     if name == "grouped_conv2d":
         return x, basis, bias, *geometry
     if name == "refconv2d":
-        return x, basis, refocus, bias, True, *geometry
+        return x, basis, refocus, bias, True, *geometry, own
     _, coordinates, factor, _ = case.thin_tensors(torch.float32)
     if name == "thin_refocus_weight":
         return basis, coordinates, factor, True
     if name == "thin_refocus_weight_backward":
         return torch.randn_like(basis), factor
     if name == "thin_refconv2d":
-        return x, basis, coordinates, factor, bias, True, *geometry
+        return x, basis, coordinates, factor, bias, True, *geometry, own
     grad = torch.randn_like(reference.conv2d(x, basis, bias, *geometry, case.groups))
     if name == "thin_refconv2d_backward":
-        return grad, x, basis, coordinates, factor, False, *geometry, True, case.bias, True, False
+        return grad, x, basis, coordinates, factor, False, *geometry, True, case.bias, True, False, own
     if name == "refconv2d_backward":
         sizes = (case.groups, case.map_size)
-        return grad, x, torch.randn_like(basis), basis, *sizes, *geometry, True, False, True, case.bias
+        return grad, x, torch.randn_like(basis), basis, *sizes, *geometry, True, False, True, case.bias, own
     return grad, x, basis, *geometry, True, case.bias, False
 
 

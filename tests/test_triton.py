@@ -291,7 +291,9 @@ def test_limits_name_what_is_not_covered() -> None:
     assert limits(x.cfloat(), weight, 4, UNIT).startswith("input has dtype torch.complex64, the kernel covers")
     assert triton.refocus_weight_limits(weight.half(), weight).startswith("basis has dtype torch.float16")
     assert triton.refocus_weight_limits(weight.to("meta"), weight) == f"basis is on meta, the kernel runs on {DEVICE}"
-    assert triton.refconv2d_limits(x, weight, weight, 2, UNIT) == limits(x, weight, 2, UNIT)
+    assert triton.refconv2d_limits(x, weight, weight, 2, UNIT) is None
+    how = triton.refconv2d_how(x, weight, weight, 2, UNIT)
+    assert how == f"with a kernel for W_t; convolved by PyTorch: {limits(x, weight, 2, UNIT)}"
 
 
 def test_auto_leaves_the_interpreter_alone() -> None:

@@ -123,10 +123,10 @@ def test_only_what_is_needed(case: Case) -> None:
     x, *weights, _ = tensors_of(case, torch.float32)
     run_backward = torch.ops.refconv_triton.thin_refconv2d_backward
     arguments = torch.randn(1, case.out_channels, 5, 6, device=DEVICE), x, *weights, True, [1, 1], [1, 1], [1, 1]
-    every = run_backward(*arguments, True, True, True, True)
+    every = run_backward(*arguments, True, True, True, True, True)
     for wanted in ("", "x", "B", "E", "b", "xb", "xE"):
         needs = [name in wanted for name in "xBEb"]
-        for got, whole, need in zip(run_backward(*arguments, *needs), every, needs, strict=True):
+        for got, whole, need in zip(run_backward(*arguments, *needs, True), every, needs, strict=True):
             torch.testing.assert_close(got, whole if need else whole.new_empty(0))
 
 
@@ -213,7 +213,7 @@ def test_an_infinite_bias_gradient_stays_there() -> None:
     x, basis, coordinates, factor, _ = tensors_of(SMALL[0], torch.float32)
     grad = torch.zeros_like(x)
     grad[..., 0, 0], x[..., 0, 0] = float("inf"), 1
-    arguments = grad, x, basis, coordinates, factor, True, [1, 1], [1, 1], [1, 1], False, True, True, True
+    arguments = grad, x, basis, coordinates, factor, True, [1, 1], [1, 1], [1, 1], False, True, True, True, True
     _, dw, de, db = torch.ops.refconv_triton.thin_refconv2d_backward(*arguments)
     assert db.isinf().all()
     assert torch.equal(de.isnan(), reference.thin_refocus_weight_backward(dw, factor).isnan())
@@ -237,10 +237,13 @@ def test_limits_name_what_is_not_covered() -> None:
     x, basis = torch.empty(1, 4, 5, 5, device=DEVICE), torch.empty(4, 1, 3, 3, device=DEVICE)
     rest = torch.empty(4, 9, device=DEVICE), torch.empty(1, 9, 9, device=DEVICE)
     assert triton.thin_refocus_weight_limits(basis, *rest) is None
-    assert triton.thin_refconv2d_limits(x, basis, *rest, 4, 5) is None
-    limits = triton.thin_refconv2d_limits(x, basis, *rest, 2, 5)
-    assert limits == "groups (=2) differs from in_channels (=4), the kernel is depthwise"
-    assert triton.thin_refconv2d_limits(x, basis.cfloat(), *rest, 4, 5).startswith("basis has dtype torch.complex64")
+    limits, how = triton.thin_refconv2d_limits, triton.thin_refconv2d_how
+    assert limits(x, basis, *rest, 4, UNIT) is None
+    assert limits(x, basis, *rest, 2, UNIT) is None
+    reason = "groups (=2) differs from in_channels (=4), the kernel is depthwise"
+    assert how(x, basis, *rest, 2, UNIT) == f"with a kernel for W_t; convolved by PyTorch: {reason}"
+    assert limits(x, basis.cfloat(), *rest, 4, UNIT).startswith("basis has dtype torch.complex64")
+    assert limits(x.cfloat(), basis, *rest, 4, UNIT).startswith("input has dtype torch.complex64")
     assert (ops.choose("thin_refconv2d", x, basis, *rest, 4, UNIT) == "triton") is (DEVICE == "cuda")
 
 

@@ -1,6 +1,4 @@
 // The feature-map convolution: tensors in, tensors out.
-#include <torch/headeronly/core/MemoryFormat.h>
-
 #include <algorithm>
 #include <memory>
 
@@ -14,8 +12,10 @@ const cpu::InstructionSet& set_of(const GroupedProblem& p, bool nhwc, int64_t el
   // What lies along a vector: channels, or columns of the output in both directions. Wide planes of the 3x3 kernels
   // gain more from wide vectors than they lose by lanes left idle, and narrow ones share them.
   const bool channels = nhwc || cpu::has_turned_planes(p);
-  if (!channels && cpu::has_planes_3x3(p) && (p.out_w > 48 || cpu::has_twin_planes(p, element_bytes))) {
-    return cpu::instruction_set();
+  const cpu::InstructionSet& best = cpu::instruction_set();
+  if (!channels && cpu::has_planes_3x3(p) &&
+      (p.out_w > 48 || cpu::has_twin_planes(p, element_bytes, best.vector_bytes))) {
+    return best;
   }
   return cpu::instruction_set_for_rows(channels ? p.channels : p.out_w, std::max<int64_t>(element_bytes, 4));
 }
@@ -59,24 +59,9 @@ GroupedProblem grouped_problem(const Tensor& input, const Tensor& weight, const 
   return grouped_problem(sizes_of(input), sizes_of(weight), stride, padding, dilation);
 }
 
-// Whether a feature map is channels_last in memory and not NCHW as well, as PyTorch answers it.
-bool is_nhwc(const Tensor& t) {
-  int64_t step = 1;
-  for (const int64_t dim : {1, 3, 2, 0}) {
-    if (t.size(dim) != 1 && t.stride(dim) != step) return false;
-    step *= t.size(dim);
-  }
-  return !t.is_contiguous();
-}
-
 // Whether a problem with channels_last feature maps (the input's or the weight's decides, as in PyTorch) has kernels of
 // that layout; others are copied to NCHW and back.
 bool has_nhwc(const GroupedProblem& p) { return p.multiplier == 1 && p.per_group == 1; }
-
-Tensor in_layout(const Tensor& t, bool nhwc) {
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::contiguous(t, nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
 
 // An uninitialised feature map [n, c, h, w] in that layout.
 Tensor feature_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool nhwc) {
@@ -88,7 +73,7 @@ std::string name_of(const GroupedProblem& p, bool channels_last, int64_t element
   if (channels_last && has_nhwc(p)) return cpu::has_nhwc_3x3(p) ? "channels_last rows, 3x3" : "channels_last pixels";
   if (cpu::has_turned_planes(p)) return "small planes, channels in the lanes";
   if (!cpu::has_planes_3x3(p)) return p.per_group == 1 ? "padded planes" : "padded planes of a group";
-  const bool twins = cpu::has_twin_planes(p, element_bytes) && set_of(p, false, element_bytes).vector_bytes == 64;
+  const bool twins = cpu::has_twin_planes(p, element_bytes, set_of(p, false, element_bytes).vector_bytes);
   return twins ? "3x3 planes, two to a vector" : "3x3 planes in columns";
 }
 

@@ -25,34 +25,47 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward(const Tensor& grad_ou
                                                            Ints dilation, bool need_input, bool need_weight,
                                                            bool need_bias);
 
+// torch_convolution.cpp: the same by PyTorch.
+Tensor torch_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
+                    Ints padding, Ints dilation);
+std::tuple<Tensor, Tensor, Tensor> torch_conv2d_backward(const Tensor& grad_output, const Tensor& input,
+                                                         const Tensor& weight, Ints stride, Ints padding, Ints dilation,
+                                                         bool need_input, bool need_weight, bool need_bias);
+
 // weights.cpp
 Tensor refocus_weight(const Tensor& basis, const Tensor& refocus, bool identity);
 Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& basis, int64_t group_size,
                                int64_t map_size);
+// The same, in the memory of grad_transformed where dW_r fits into it.
+Tensor refocus_weight_backward_over(const Tensor& grad_transformed, const Tensor& basis, int64_t group_size,
+                                    int64_t map_size);
 Tensor thin_refocus_weight(const Tensor& basis, const Tensor& coordinates, const Tensor& factor, bool identity);
 Tensor thin_refocus_weight_backward(const Tensor& grad_transformed, const Tensor& factor);
 
-// layers.cpp
+// layers.cpp: both steps, W_t in the type of the input, the gradients of the parameters in theirs. The convolution is
+// ours or, not `own_convolution`, PyTorch's. What is not wanted is empty.
 // The output and W_t.
 std::tuple<Tensor, Tensor> refconv2d(const Tensor& input, const Tensor& basis, const Tensor& refocus,
                                      const std::optional<Tensor>& bias, bool identity, Ints stride, Ints padding,
-                                     Ints dilation);
-// The gradients of the input, of W_t, of W_r and of the bias; what is not wanted is empty.
+                                     Ints dilation, bool own_convolution);
+// The gradients of the input, of W_t where that of the basis is wanted, of W_r and of the bias.
 std::tuple<Tensor, Tensor, Tensor, Tensor> refconv2d_backward(const Tensor& grad_output, const Tensor& input,
                                                               const Tensor& transformed, const Tensor& basis,
                                                               int64_t group_size, int64_t map_size, Ints stride,
                                                               Ints padding, Ints dilation, bool need_input,
-                                                              bool need_basis, bool need_refocus, bool need_bias);
+                                                              bool need_basis, bool need_refocus, bool need_bias,
+                                                              bool own_convolution);
 // The thin form. Its backward makes W_t again.
 Tensor thin_refconv2d(const Tensor& input, const Tensor& basis, const Tensor& coordinates, const Tensor& factor,
-                      const std::optional<Tensor>& bias, bool identity, Ints stride, Ints padding, Ints dilation);
-// The gradients of the input, of W_t, of E and of the bias; what is not wanted is empty.
+                      const std::optional<Tensor>& bias, bool identity, Ints stride, Ints padding, Ints dilation,
+                      bool own_convolution);
+// The gradients of the input, of W_t, of E and of the bias.
 std::tuple<Tensor, Tensor, Tensor, Tensor> thin_refconv2d_backward(const Tensor& grad_output, const Tensor& input,
                                                                    const Tensor& basis, const Tensor& coordinates,
                                                                    const Tensor& factor, bool identity, Ints stride,
                                                                    Ints padding, Ints dilation, bool need_input,
                                                                    bool need_weight, bool need_coordinates,
-                                                                   bool need_bias);
+                                                                   bool need_bias, bool own_convolution);
 
 // optimizer.cpp
 // AdamW's direction on W_r in the coordinates of the thin form, and the updated root of the second moment.

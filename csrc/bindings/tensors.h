@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
@@ -77,5 +78,24 @@ inline void check_like(const Tensor& tensor, const Tensor& like, int64_t dim) {
 }
 
 inline Ints sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+// Whether a feature map is channels_last in memory and not NCHW as well, as PyTorch answers it.
+inline bool is_nhwc(const Tensor& t) {
+  int64_t step = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (t.size(dim) != 1 && t.stride(dim) != step) return false;
+    step *= t.size(dim);
+  }
+  return !t.is_contiguous();
+}
+
+inline Tensor in_layout(const Tensor& t, bool nhwc) {
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::contiguous(t, nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+inline Tensor in_type_of(const Tensor& like, const Tensor& t) {
+  return t.scalar_type() == like.scalar_type() ? t : torch::stable::to(t, like.scalar_type());
+}
 
 }  // namespace refconv::bindings

@@ -1,4 +1,6 @@
 // Transformed weights, in the full and in the thin form: tensors in, tensors out.
+#include <array>
+
 #include "operators.h"
 
 namespace refconv::bindings {
@@ -44,23 +46,51 @@ Tensor refocus_weight(const Tensor& basis, const Tensor& refocus, bool identity)
   return transformed;
 }
 
-Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& basis, int64_t group_size,
-                               int64_t map_size) {
-  check_like(grad_transformed, basis, 4);
-  const RefocusProblem p = refocus_problem(basis, group_size, map_size, false);
-  STD_TORCH_CHECK(grad_transformed.numel() == basis.numel(), "grad_transformed must have the shape of basis");
-  const Tensor g = torch::stable::contiguous(grad_transformed);
-  const Tensor b = torch::stable::contiguous(basis);
-  const Tensor grad_refocus = torch::stable::new_empty(b, {p.kernels, group_size, map_size, map_size});
+namespace {
+
+// dW_r from contiguous dW_t and W_b, into `grad_refocus`.
+void refocus_backward_into(const RefocusProblem& p, const Tensor& grad, const Tensor& basis,
+                           const Tensor& grad_refocus) {
   for_storage_dtype(basis, [&](auto type) {
     using S = typename decltype(type)::type;
     const auto kernel = refocus_kernels<S>().backward;
-    const S* g_data = data<S>(g);
-    const S* b_data = data<S>(b);
+    const S* g_data = data<S>(grad);
+    const S* b_data = data<S>(basis);
     S* r_data = mutable_data<S>(grad_refocus);
     parallel(p.kernels, p.row_length() * p.kernel_size(),
              [&](int64_t begin, int64_t end) { kernel(p, g_data, b_data, r_data, begin, end); });
   });
+}
+
+RefocusProblem backward_problem(const Tensor& grad_transformed, const Tensor& basis, int64_t group_size,
+                                int64_t map_size) {
+  check_like(grad_transformed, basis, 4);
+  STD_TORCH_CHECK(grad_transformed.numel() == basis.numel(), "grad_transformed must have the shape of basis");
+  return refocus_problem(basis, group_size, map_size, false);
+}
+
+}  // namespace
+
+Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& basis, int64_t group_size,
+                               int64_t map_size) {
+  const RefocusProblem p = backward_problem(grad_transformed, basis, group_size, map_size);
+  const Tensor g = torch::stable::contiguous(grad_transformed), b = torch::stable::contiguous(basis);
+  const Tensor grad_refocus = torch::stable::new_empty(b, {p.kernels, group_size, map_size, map_size});
+  refocus_backward_into(p, g, b, grad_refocus);
+  return grad_refocus;
+}
+
+Tensor refocus_weight_backward_over(const Tensor& grad_transformed, const Tensor& basis, int64_t group_size,
+                                    int64_t map_size) {
+  const RefocusProblem p = backward_problem(grad_transformed, basis, group_size, map_size);
+  if (!cpu::is_dense_3x3(p) || !grad_transformed.is_contiguous()) {
+    return refocus_weight_backward(grad_transformed, basis, group_size, map_size);
+  }
+  const Tensor view = torch::stable::view(grad_transformed, {p.kernels, group_size, map_size, map_size});
+  std::array stack{torch::stable::detail::from(view)};  // a tensor in its own right, not a view of one that is gone
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  const Tensor grad_refocus = torch::stable::detail::to<Tensor>(stack[0]);
+  refocus_backward_into(p, grad_transformed, torch::stable::contiguous(basis), grad_refocus);
   return grad_refocus;
 }
 

@@ -100,6 +100,11 @@ template <> inline FoldedAdamKernel<float> Kernels::folded_adam() const { return
 template <> inline FoldedAdamKernel<double> Kernels::folded_adam() const { return folded_adam_f64; }
 // clang-format on
 
+// Whether a transformation has the kernel of refocus_dense_3x3.h, which may write dW_r where dW_t was.
+[[maybe_unused]] static bool is_dense_3x3(const RefocusProblem& p) {
+  return p.group_size == 1 && p.kernel_h == 3 && p.kernel_w == 3 && p.map_size == 3;
+}
+
 // Whether NCHW planes have the 3x3 kernels of planes_3x3.h.
 [[maybe_unused]] static bool has_planes_3x3(const GroupedProblem& p) {
   constexpr int64_t kNarrow = 6;  // rows of y up to here leave too many lanes idle
@@ -107,9 +112,10 @@ template <> inline FoldedAdamKernel<double> Kernels::folded_adam() const { retur
          p.stride_h <= 2 && p.pad_h == 1 && p.pad_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 && p.out_w > kNarrow;
 }
 
-// Whether these planes, of a type of so many bytes, are so narrow that two of their rows go into a vector of 16 floats.
-[[maybe_unused]] static bool has_twin_planes(const GroupedProblem& p, int64_t element_bytes) {
-  return has_planes_3x3(p) && element_bytes == 4 && p.out_w <= 8 && p.in_w <= 16;
+// Whether these planes, of a type of so many bytes, are so narrow that two of their rows go into one of these vectors,
+// of 16 floats. (Smaller ones are filled by a row of more than 6 pixels.)
+[[maybe_unused]] static bool has_twin_planes(const GroupedProblem& p, int64_t element_bytes, int64_t vector_bytes) {
+  return has_planes_3x3(p) && element_bytes == 4 && vector_bytes == 64 && p.out_w <= 8 && p.in_w <= 16;
 }
 
 // Whether channels_last maps have the loops of depthwise_nhwc_3x3.h.

@@ -12,37 +12,18 @@ struct Pair {
   Vec<T> even, odd;
 };
 
-// Of a row of which `width` pixels follow; those beyond are zero.
 template <typename S, typename C>
 inline Pair<Compute<S>> load_pair(const S* from, int64_t width, const C& column) {
   using T = Compute<S>;
-  constexpr int64_t kLane = kLanes<T>;
-  Vec<T> a, b;
-  if constexpr (C::kTwins) {
-    a = load_lanes(from, width), b = load_lanes(from + column.in_step, width);
-  } else if constexpr (C::kLast) {
-    a = load_lanes(from, width);
-    b = width > kLane ? load_lanes(from + kLane, width - kLane) : Vec<T>{};
-  } else {
-    a = load(from), b = load(from + kLane);
-  }
-  return {permute<T, EvenLanes>(a, b), permute<T, OddLanes>(a, b)};
+  const Two<T> v = column.load_two(from, width);
+  return {permute<T, EvenLanes>(v.first, v.second), permute<T, OddLanes>(v.first, v.second)};
 }
 
 template <typename S, typename C>
 inline void store_pair(S* to, const Pair<Compute<S>>& pair, int64_t width, const C& column, bool around) {
   using T = Compute<S>;
-  constexpr int64_t kLane = kLanes<T>;
-  const Vec<T> a = permute<T, LowerInterleaved>(pair.even, pair.odd);
-  const Vec<T> b = permute<T, UpperInterleaved>(pair.even, pair.odd);
-  if constexpr (C::kTwins) {
-    store_lanes(to, a, width);
-    store_lanes(to + column.in_step, b, width);
-  } else {
-    const Column<false, C::kLast> first{least(width, kLane)}, second{width - kLane};
-    first.store_row(to, a, around && width >= kLane);
-    if (!C::kLast || width > kLane) second.store_row(to + kLane, b, around && width >= 2 * kLane);
-  }
+  const Two<T> v{permute<T, LowerInterleaved>(pair.even, pair.odd), permute<T, UpperInterleaved>(pair.even, pair.odd)};
+  column.store_two(to, v, width, around);
 }
 
 // x points to column 2 j of the plane where y points to j; `width` is what a row of x has from there.

@@ -8,14 +8,16 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-// Whether there are vectors of two planes' rows: elsewhere, rows of more than 6 pixels fill them by themselves.
-template <typename S>
-constexpr bool kTwinVectors = sizeof(S) == 4 && kLanes<Compute<S>> == 16;
+// Two vectors that hold a piece of a row of x, for stride 2.
+template <typename T>
+struct Two {
+  Vec<T> first, second;
+};
 
 // A column of a plane: whether it is the first and the last one, and how wide that one is.
 template <bool FIRST, bool LAST>
 struct Column {
-  static constexpr bool kFirst = FIRST, kLast = LAST, kTwins = false;
+  static constexpr bool kFirst = FIRST;
   int64_t count;
 
   template <typename T>
@@ -49,12 +51,29 @@ struct Column {
     }
     LAST ? store_lanes(to, v, count) : store(to, v);
   }
+  // A piece of a row of which `width` pixels follow; those beyond are zero.
+  template <typename S>
+  Two<Compute<S>> load_two(const S* from, int64_t width) const {
+    using T = Compute<S>;
+    constexpr int64_t kLane = kLanes<T>;
+    if constexpr (!LAST) return {load(from), load(from + kLane)};
+    return {load_lanes(from, width), width > kLane ? load_lanes(from + kLane, width - kLane) : Vec<T>{}};
+  }
+  template <typename S>
+  void store_two(S* to, const Two<Compute<S>>& v, int64_t width, bool around) const {
+    constexpr int64_t kLane = kLanes<Compute<S>>;
+    const Column<false, LAST> first{least(width, kLane)}, second{width - kLane};
+    first.store_row(to, v.first, around && width >= kLane);
+    if (!LAST || width > kLane) second.store_row(to + kLane, v.second, around && width >= 2 * kLane);
+  }
 };
 
-// Planes of rows that fill less than half a vector, two at a time: the second one in the upper half. They follow each
-// other in memory, with the distances of x and y, and so do their weights.
+#if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
+// Planes of floats in rows that fill at most half a vector, two at a time: the second one in the upper half. They
+// follow each other in memory, with the distances of x and y, and so do their weights. With stride 2 a row of x fills a
+// vector.
 struct Twins {
-  static constexpr bool kFirst = true, kLast = true, kTwins = true;
+  static constexpr bool kFirst = true;
   int64_t count, in_step, out_step;
 
   template <typename T>
@@ -81,6 +100,15 @@ struct Twins {
   void store_row(S* to, Vec<Compute<S>> v, bool) const {
     store_halves(to, to + out_step, v, count);
   }
+  template <typename S>
+  Two<Compute<S>> load_two(const S* from, int64_t width) const {
+    return {load_lanes(from, width), load_lanes(from + in_step, width)};
+  }
+  template <typename S>
+  void store_two(S* to, const Two<Compute<S>>& v, int64_t width, bool) const {
+    store_lanes(to, v.first, width);
+    store_lanes(to + in_step, v.second, width);
+  }
 
  private:
   struct TwoHalves {
@@ -93,6 +121,7 @@ struct Twins {
     static constexpr int of(int i, int lanes) { return (i + 1) % (lanes / 2) == 0 ? lanes : i + 1; }
   };
 };
+#endif
 
 // What is fetched during a row of y: so many vectors of x and of dx, one of y or dy; nothing of what is null.
 template <typename S, int VECTORS>

@@ -12,12 +12,12 @@ namespace {
 // How many planes are gone through at once.
 template <typename S>
 int64_t planes_together(const GroupedProblem& p) {
-  return kTwinVectors<S> && has_twin_planes(p, sizeof(S)) ? 2 : 1;
+  return has_twin_planes(p, sizeof(S), REFCONV_VECTOR_BYTES) ? 2 : 1;
 }
 
 // Steps from the one that is computed to the one that is fetched: planes may be so small that the next one is too near.
 template <typename S>
-int64_t steps_ahead(int64_t pixels) {
+int64_t fetch_distance(int64_t pixels) {
   constexpr int64_t kBytes = 2048;
   return ceil_div(kBytes, pixels * static_cast<int64_t>(sizeof(S)));
 }
@@ -65,10 +65,12 @@ inline void for_columns(int64_t width, const Run& run) {
 
 // The same for `count` planes at once, one or two.
 template <typename S, typename Run>
-inline void for_columns(const GroupedProblem& p, int64_t count, const Run& run) {
-  if constexpr (kTwinVectors<S>) {
+inline void for_columns(const GroupedProblem& p, [[maybe_unused]] int64_t count, const Run& run) {
+#if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
+  if constexpr (sizeof(S) == 4) {
     if (count == 2) return run(Twins{p.out_w, p.in_size(), p.out_size()}, 0);
   }
+#endif
   for_columns<Compute<S>>(p.out_w, run);
 }
 
@@ -98,7 +100,7 @@ void forward_3x3(const GroupedProblem& p, const S* x, const S* weight, const S* 
                  int64_t end) {
   using T = Compute<S>;
   const int64_t in_size = p.in_size(), out_size = p.out_size(), together = planes_together<S>(p);
-  const int64_t ahead = steps_ahead<S>(together * in_size) * together;
+  const int64_t ahead = fetch_distance<S>(together * in_size) * together;
   PlaneOutput<S> output(y, p.batch * p.channels, out_size, p.out_w, together);
   int64_t channel = begin % p.channels;
   for (int64_t task = begin, count; task < end; task += count) {
@@ -138,7 +140,7 @@ class Backward3x3 {
 
   int64_t terms() const { return p_.out_h * ceil_div(p_.out_w, kLanes<T>); }
   int64_t together() const { return together_; }
-  int64_t steps_ahead() const { return cpu::REFCONV_ISA::steps_ahead<S>(together_ * p_.in_size()); }
+  int64_t steps_ahead() const { return fetch_distance<S>(together_ * p_.in_size()); }
 
   void run(const S* x, S* grad_x, const S* grad_y, const S* weight, T* sums, bool want_bias, int64_t count,
            int64_t ahead) {

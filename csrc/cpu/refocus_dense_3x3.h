@@ -38,25 +38,6 @@ template <int STEP>
 struct TurnedLanes {
   static constexpr bool of(int lane) { return (lane % 9 & STEP) != 0; }
 };
-template <int BY>
-struct RotatedLanes {
-  static constexpr int of(int i, int lanes) { return (i + BY) % lanes; }
-};
-
-// Lane i of the result is lane i + BY, counted round, 0 <= BY < lanes.
-template <typename T, int BY>
-inline Vec<T> rotate(Vec<T> v) {
-  if constexpr (BY == 0) return v;
-#if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_alignr_epi32((__m512i)v, (__m512i)v, BY);
-  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_alignr_epi64((__m512i)v, (__m512i)v, BY);
-#elif defined(__AVX512VL__)
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_alignr_epi32((__m256i)v, (__m256i)v, BY);
-  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_alignr_epi64((__m256i)v, (__m256i)v, BY);
-#else
-  return permute<T, RotatedLanes<BY>>(v, v);
-#endif
-}
 
 // Lane l of vector t becomes that of vector t - STEP, or with `BACK` the other way round, where l % 9 has that bit.
 template <typename T, int STEP, bool BACK>
@@ -74,7 +55,7 @@ inline void turn_lanes(Vec<T>* v) {
 template <typename T, bool BACK, int... TAP>
 inline void rotate_lanes(Vec<T>* v, std::integer_sequence<int, TAP...>) {
   constexpr int kLane = kLanes<T>;
-  ((v[TAP] = rotate<T, (BACK ? 9 * kLane - TAP : TAP) % kLane>(v[TAP])), ...);
+  ((v[TAP] = align<T, (BACK ? 9 * kLane - TAP : TAP) % kLane>(v[TAP], v[TAP])), ...);
 }
 
 // Which vector of memory holds tap t in lane 0.

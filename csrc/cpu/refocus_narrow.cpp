@@ -4,9 +4,11 @@
 // backward reads W_b and dW_t and writes dW_r once; for a dense 3 x 3 basis all five have the same size.
 // Accumulation: in the compute type, in the order of the taps.
 //
-// Dense 3x3 bases with 3x3 taps have refocus_dense_3x3.h; everything else is scalar code.
+// Dense 3x3 bases with 3x3 taps have refocus_dense_3x3.h, which may write dW_r where dW_t was; everything else is
+// scalar code.
 #include "elements.h"
 #include "entry_points.h"
+#include "kernels.h"
 #include "refocus.h"
 #include "refocus_dense_3x3.h"
 
@@ -75,10 +77,6 @@ Narrow<S> narrow(const RefocusProblem& p) {
   return {};
 }
 
-bool is_dense_3x3(const RefocusProblem& p) {
-  return p.group_size == 1 && p.kernel_h == 3 && p.kernel_w == 3 && p.map_size == 3;
-}
-
 }  // namespace
 
 template <typename S>
@@ -100,7 +98,8 @@ template <typename S>
 void refocus_narrow_backward(const RefocusProblem& p, const S* grad_transformed, const S* basis, S* grad_refocus,
                              int64_t begin, int64_t end) {
   if (is_dense_3x3(p)) {
-    const bool around = p.kernels * p.row_length() * static_cast<int64_t>(sizeof(S)) >= kAroundBytes;
+    const int64_t bytes = p.kernels * p.row_length() * static_cast<int64_t>(sizeof(S));
+    const bool around = bytes >= kAroundBytes && grad_refocus != grad_transformed;
     return refocus_dense_3x3<S, false>(basis, grad_transformed, grad_refocus, begin, end, around);
   }
   const auto run = narrow<S>(p).backward;

@@ -169,34 +169,19 @@ inline void store_partial<float>(float* to, Vec<float> v, int64_t count) {
 }
 #endif
 
-// The first `count` lanes of either half, 0 < count <= lanes / 2.
-template <typename T>
-inline Vec<T> load_halves(const T* lower, const T* upper, int64_t count) {
-  constexpr int64_t kHalf = kLanes<T> / 2;
-#if defined(__AVX512VL__) && REFCONV_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) {
-    const unsigned mask = first_lanes(count);
-    const __m512 half = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), lower);
-    return (Vec<T>)_mm512_mask_loadu_ps(half, static_cast<__mmask16>(mask << kHalf), upper - kHalf);
-  }
-#endif
-  Vec<T> v = {};
-  for (int64_t i = 0; i < count; ++i) v[i] = lower[i], v[kHalf + i] = upper[i];
-  return v;
+#if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
+// The first `count` lanes of either half, 0 < count <= 8.
+inline Vec<float> load_halves(const float* lower, const float* upper, int64_t count) {
+  const unsigned mask = first_lanes(count);
+  const __m512 half = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), lower);
+  return (Vec<float>)_mm512_mask_loadu_ps(half, static_cast<__mmask16>(mask << 8), upper - 8);
 }
-
-template <typename T>
-inline void store_halves(T* lower, T* upper, Vec<T> v, int64_t count) {
-  constexpr int64_t kHalf = kLanes<T> / 2;
-#if defined(__AVX512VL__) && REFCONV_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) {
-    const unsigned mask = first_lanes(count);
-    _mm512_mask_storeu_ps(lower, static_cast<__mmask16>(mask), (__m512)v);
-    return _mm512_mask_storeu_ps(upper - kHalf, static_cast<__mmask16>(mask << kHalf), (__m512)v);
-  }
-#endif
-  for (int64_t i = 0; i < count; ++i) lower[i] = v[i], upper[i] = v[kHalf + i];
+inline void store_halves(float* lower, float* upper, Vec<float> v, int64_t count) {
+  const unsigned mask = first_lanes(count);
+  _mm512_mask_storeu_ps(lower, static_cast<__mmask16>(mask), (__m512)v);
+  _mm512_mask_storeu_ps(upper - 8, static_cast<__mmask16>(mask << 8), (__m512)v);
 }
+#endif
 
 // --- every lane by itself ---
 
@@ -241,36 +226,32 @@ struct UpperInterleaved {
   static constexpr int of(int i, int lanes) { return lanes / 2 + i / 2 + (i % 2) * lanes; }
 };
 
+// Lane i of the result is lane i + BY of `low` followed by `high`, 0 <= BY < lanes.
+template <int BY>
+struct AlignedLanes {
+  static constexpr int of(int i, int) { return i + BY; }
+};
+template <typename T, int BY>
+inline Vec<T> align(Vec<T> low, Vec<T> high) {
+  if constexpr (BY == 0) return low;
+#if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_alignr_epi32((__m512i)high, (__m512i)low, BY);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_alignr_epi64((__m512i)high, (__m512i)low, BY);
+#elif defined(__AVX512VL__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_alignr_epi32((__m256i)high, (__m256i)low, BY);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_alignr_epi64((__m256i)high, (__m256i)low, BY);
+#else
+  return permute<T, AlignedLanes<BY> >(low, high);
+#endif
+}
 // All lanes one further up or down; the lane that gets free takes the last of `below`, the first of `above`.
-struct OneLaneUp {
-  static constexpr int of(int i, int lanes) { return i == 0 ? 2 * lanes - 1 : i - 1; }
-};
-struct OneLaneDown {
-  static constexpr int of(int i, int) { return i + 1; }
-};
 template <typename T>
 inline Vec<T> lane_up(Vec<T> v, Vec<T> below) {
-#if defined(__AVX512VL__) && REFCONV_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_alignr_epi32((__m512i)v, (__m512i)below, 15);
-  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_alignr_epi64((__m512i)v, (__m512i)below, 7);
-#elif defined(__AVX512VL__)
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_alignr_epi32((__m256i)v, (__m256i)below, 7);
-  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_alignr_epi64((__m256i)v, (__m256i)below, 3);
-#else
-  return permute<T, OneLaneUp>(v, below);
-#endif
+  return align<T, kLanes<T> - 1>(below, v);
 }
 template <typename T>
 inline Vec<T> lane_down(Vec<T> v, Vec<T> above) {
-#if defined(__AVX512VL__) && REFCONV_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_alignr_epi32((__m512i)above, (__m512i)v, 1);
-  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_alignr_epi64((__m512i)above, (__m512i)v, 1);
-#elif defined(__AVX512VL__)
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_alignr_epi32((__m256i)above, (__m256i)v, 1);
-  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_alignr_epi64((__m256i)above, (__m256i)v, 1);
-#else
-  return permute<T, OneLaneDown>(v, above);
-#endif
+  return align<T, 1>(v, above);
 }
 
 template <typename T>

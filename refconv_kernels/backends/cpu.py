@@ -128,39 +128,46 @@ def grouped_conv2d_how(input: Tensor, weight: Tensor, groups: int, geometry: Geo
 
 def refconv2d_limits(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, geometry: Geometry) -> str | None:
     """Why the ``refconv2d`` kernel, both steps in one call, does not cover this problem; None when it does."""
-    return refocus_weight_limits(basis, refocus) or grouped_conv2d_limits(input, basis, groups, geometry)
+    return refocus_weight_limits(basis, refocus) or _limits(input, "input", _DTYPES)
 
 
 def refconv2d_slower(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, geometry: Geometry) -> str | None:
     """Why ``"auto"`` takes the two steps one by one (``docs/performance.md``); None when it does not."""
-    return refocus_weight_slower(basis, refocus) or grouped_conv2d_slower(input, basis, groups, geometry)
+    return refocus_weight_slower(basis, refocus)
 
 
 def refconv2d_how(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, geometry: Geometry) -> str:
     """Which kernels run the two steps, in words."""
     transform = refocus_weight_how(basis, refocus)
-    return f"{transform}; convolved {grouped_conv2d_how(input, basis, groups, geometry)}"
+    return f"{transform}; convolved {_convolved(input, basis, groups, geometry)}"
+
+
+def _convolved(input: Tensor, basis: Tensor, groups: int, geometry: Geometry) -> str:
+    """By which kernel, or why by PyTorch."""
+    problem = input, basis, groups, geometry
+    reason = grouped_conv2d_limits(*problem) or grouped_conv2d_slower(*problem)
+    return grouped_conv2d_how(*problem) if reason is None else f"by PyTorch: {reason}"
 
 
 def thin_refconv2d_limits(
     input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, geometry: Geometry
 ) -> str | None:
     """Why the ``thin_refconv2d`` kernel, both steps in one call, does not cover this problem; None when it does."""
-    return grouped_conv2d_limits(input, basis, groups, geometry)
+    return thin_refocus_weight_limits(basis, coordinates, factor) or _limits(input, "input", _DTYPES)
 
 
 def thin_refconv2d_slower(
     input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, geometry: Geometry
 ) -> str | None:
-    """Why ``"auto"`` takes the two steps one by one (``docs/performance.md``); None when it does not."""
-    return grouped_conv2d_slower(input, basis, groups, geometry)
+    """``"auto"`` always takes this kernel where it covers the problem."""
+    return None
 
 
 def thin_refconv2d_how(
     input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, geometry: Geometry
 ) -> str:
     """Which kernel runs the convolution, in words."""
-    return f"with W_t made in the same call; convolved {grouped_conv2d_how(input, basis, groups, geometry)}"
+    return f"with W_t made in the same call; convolved {_convolved(input, basis, groups, geometry)}"
 
 
 def folded_adam_limits(first: Tensor) -> str | None:

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refconv_kernels.autocast import autocast_dtype
+from refconv_kernels.autocast import autocast_dtype, cast
 from refconv_kernels.autograd import RefConv2d, ThinRefConv2d, apply
 from refconv_kernels.checks import check_tensors
 from refconv_kernels.functional.convolution import conv2d
 from refconv_kernels.functional.weights import refocus_weight, thin_refocus_weight
-from refconv_kernels.geometry import is_channels_last, output_size
+from refconv_kernels.geometry import output_size
 from refconv_kernels.ops import choose
+
+_TWO_STEPS = "reference", False  # one by one
 
 
 def refconv2d(
@@ -42,9 +44,10 @@ def refconv2d(
         torch.Size([2, 8, 5, 5])
     """
     geometry = stride, padding, dilation
-    backend = _one_call("refconv2d", input, basis, (refocus,), bias, *geometry, groups, padding_mode)
+    input = _autocast(input)
+    backend, own = _one_call("refconv2d", input, basis, (refocus,), bias, *geometry, groups, padding_mode)
     if backend != "reference":
-        return apply(RefConv2d, input, basis, refocus, bias, identity, *geometry, backend)[0]
+        return apply(RefConv2d, input, basis, refocus, bias, identity, *geometry, own, backend)[0]
     check_tensors(refocus=refocus)
     if refocus.dim() == 4 and refocus.shape[1] != groups:
         raise ValueError(f"refocus.shape[1] (={refocus.shape[1]}) must be groups (={groups}), Eq. 2 of the paper")
@@ -78,9 +81,12 @@ def thin_refconv2d(
         torch.Size([2, 8, 5, 5])
     """
     geometry = stride, padding, dilation
-    backend = _one_call("thin_refconv2d", input, basis, (coordinates, factor), bias, *geometry, groups, padding_mode)
+    input = _autocast(input)
+    backend, own = _one_call(
+        "thin_refconv2d", input, basis, (coordinates, factor), bias, *geometry, groups, padding_mode
+    )
     if backend != "reference":
-        return apply(ThinRefConv2d, input, basis, coordinates, factor, bias, identity, *geometry, backend)
+        return apply(ThinRefConv2d, input, basis, coordinates, factor, bias, identity, *geometry, own, backend)
     check_tensors(basis=basis, factor=factor)
     kernels = basis.shape[0] * basis.shape[1] if basis.dim() == 4 else 0
     if kernels and factor.dim() == 3 and factor.shape[0] * groups != kernels:
@@ -89,6 +95,12 @@ def thin_refconv2d(
         )
     weight = thin_refocus_weight(basis, coordinates, factor, identity=identity)
     return conv2d(input, weight, bias, *geometry, groups, padding_mode=padding_mode)
+
+
+def _autocast(input: Tensor) -> Tensor:
+    """``input`` in the type that autocast gives the convolution."""
+    dtype = autocast_dtype(input.device.type) if isinstance(input, Tensor) else None
+    return input if dtype is None else cast(input, dtype)
 
 
 def _one_call(
@@ -102,29 +114,35 @@ def _one_call(
     dilation: Any,
     groups: int,
     padding_mode: str,
-) -> str:
-    """The backend that runs both steps as one operator; ``"reference"`` when they are taken one by one.
+) -> tuple[str, bool]:
+    """The backend that runs both steps as one operator, and whether the convolution is its own or PyTorch's;
+    ``_TWO_STEPS`` when they are taken one by one.
 
     For the plain case only, and only for arguments beyond doubt: the two steps know the rest and the errors.
     ``weights`` are what the transformation is made of: ``(W_r,)`` or ``(E, R)``.
     """
     # Plain loops: a layer pays for every microsecond of this twice per step.
-    if not isinstance(input, Tensor) or torch._C._are_functorch_transforms_active() or padding_mode != "zeros":
-        return "reference"
-    for given in (basis, *weights) if bias is None else (basis, *weights, bias):
-        if not isinstance(given, Tensor) or given.dtype != input.dtype or given.device != input.device:
-            return "reference"
+    if not (isinstance(input, Tensor) and isinstance(basis, Tensor)) or padding_mode != "zeros":
+        return _TWO_STEPS
+    if torch._C._are_functorch_transforms_active():
+        return _TWO_STEPS
+    dtype, device = basis.dtype, basis.device
+    for given in weights if bias is None else (*weights, bias):
+        if not isinstance(given, Tensor) or given.dtype != dtype or given.device != device:
+            return _TWO_STEPS
+    if input.device != device or input.dim() != 4 or basis.dim() != 4:
+        return _TWO_STEPS
+    if input.dtype != dtype and (dtype is not torch.float32 or autocast_dtype(device.type) is not input.dtype):
+        return _TWO_STEPS
     for pair in (stride, padding, dilation):
         if not isinstance(pair, tuple) or len(pair) != 2:
-            return "reference"
+            return _TWO_STEPS
         if not (isinstance(pair[0], int) and isinstance(pair[1], int)):
-            return "reference"
-    if input.dim() != 4 or basis.dim() != 4 or autocast_dtype(input.device.type) is not None:
-        return "reference"
+            return _TWO_STEPS
     out_channels, per_group, *size = basis.shape
     kernels = out_channels * per_group
     if input.shape[1] != per_group * groups or out_channels % groups != 0:
-        return "reference"
+        return _TWO_STEPS
     shape = weights[0].shape  # of W_r or E
     if len(weights) == 1:
         fits = len(shape) == 4 and shape == (kernels, groups, shape[2], shape[2]) and shape[2] % 2 == 1
@@ -132,11 +150,19 @@ def _one_call(
         fits = len(shape) == 2 and shape[0] == kernels
         fits = fits and weights[1].shape == (kernels // groups, shape[1], size[0] * size[1])
     if not fits or (bias is not None and bias.shape != (out_channels,)):
-        return "reference"
-    if is_channels_last(basis):  # decides about the output's, and the operator's W_t has none
-        return "reference"
+        return _TWO_STEPS
     if min(*stride, *dilation) < 1 or min(padding) < 0:
-        return "reference"
+        return _TWO_STEPS
     if min(output_size(input, basis, stride, padding, dilation)) < 1:
-        return "reference"
-    return choose(operator, input, basis, *weights, groups, (stride, padding, dilation), optional=True)
+        return _TWO_STEPS
+    geometry = stride, padding, dilation
+    backend = choose(operator, input, basis, *weights, groups, geometry, optional=True)
+    if backend == "reference":
+        return _TWO_STEPS
+    # A convolution without groups is PyTorch's own on every backend, one with many channels per group may be.
+    own = (groups > 1 or per_group == 1) and backend == choose(
+        "grouped_conv2d", input, basis, groups, geometry, optional=True
+    )
+    if not own and torch.compiler.is_compiling():  # the compiler has plans of its own for PyTorch's convolutions
+        return _TWO_STEPS
+    return backend, own

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refconv_kernels.backends.triton import torch_convolution
 from refconv_kernels.geometry import Geometry
 
 _REFOCUS_DTYPES = (torch.float32, torch.float64)
@@ -79,13 +80,16 @@ def grouped_conv2d_limits(input: Tensor, weight: Tensor, groups: int, geometry: 
 
 def refconv2d_limits(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, geometry: Geometry) -> str | None:
     """Why the ``refconv2d`` kernels, both steps in one call, do not cover this problem; None when they do."""
-    return refocus_weight_limits(basis, refocus) or grouped_conv2d_limits(input, basis, groups, geometry)
+    return refocus_weight_limits(basis, refocus) or _limits(input, "input", _CONV_DTYPES)
 
 
 def refconv2d_how(input: Tensor, basis: Tensor, refocus: Tensor, groups: int, geometry: Geometry) -> str:
     """Whether the two steps are one kernel each way, and why."""
     from refconv_kernels.backends.triton import fused
 
+    reason = grouped_conv2d_limits(input, basis, groups, geometry)
+    if reason is not None:
+        return f"with a kernel for W_t; convolved by PyTorch: {reason}"
     pixels = input.shape[0] * input.shape[2] * input.shape[3]
     facts = f"{basis.shape[0]} channels of {pixels} pixels in {'x'.join(map(str, basis.shape[2:]))} kernels"
     if fused.fuses(input, basis):
@@ -105,8 +109,7 @@ def thin_refconv2d_limits(
     input: Tensor, basis: Tensor, coordinates: Tensor, factor: Tensor, groups: int, geometry: Geometry
 ) -> str | None:
     """Why the ``thin_refconv2d`` kernels, both steps in one call, do not cover this problem; None when they do."""
-    transform = thin_refocus_weight_limits(basis, coordinates, factor)
-    return transform or grouped_conv2d_limits(input, basis, groups, geometry)
+    return thin_refocus_weight_limits(basis, coordinates, factor) or _limits(input, "input", _CONV_DTYPES)
 
 
 def thin_refconv2d_how(
@@ -115,6 +118,9 @@ def thin_refconv2d_how(
     """Whether the convolution's kernels make ``W_t`` themselves, and why."""
     from refconv_kernels.backends.triton import thin
 
+    reason = grouped_conv2d_limits(input, basis, groups, geometry)
+    if reason is not None:
+        return f"with a kernel for W_t; convolved by PyTorch: {reason}"
     multiplier = basis.shape[0] // input.shape[1]
     facts = f"{factor.shape[1]} coordinates for {'x'.join(map(str, basis.shape[2:]))} kernels, multiplier {multiplier}"
     if thin.in_registers(input, basis, factor):
@@ -177,14 +183,26 @@ def _grouped_conv2d_backward(
 
 
 def _refconv2d(
-    input: Tensor, basis: Tensor, refocus: Tensor, bias: Tensor | None, identity: bool, *geometry: list[int]
+    input: Tensor,
+    basis: Tensor,
+    refocus: Tensor,
+    bias: Tensor | None,
+    identity: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    own_convolution: bool,
 ) -> tuple[Tensor, Tensor]:
     from refconv_kernels.backends.triton import fused
+    from refconv_kernels.backends.triton import refocus as kernels
 
-    if fused.fuses(input, basis):
+    geometry = stride, padding, dilation
+    if own_convolution and fused.fuses(input, basis):
         return fused.forward(input, basis, refocus, bias, identity, *geometry)
-    transformed = _refocus_weight(basis, refocus, identity)
-    return _grouped_conv2d(input, transformed, bias, *geometry), transformed
+    transformed = kernels.forward(basis, refocus, identity, input.dtype)
+    if own_convolution:
+        return _grouped_conv2d(input, transformed, bias, *geometry), transformed
+    return torch_convolution.forward(input, transformed, basis, bias, *geometry), transformed
 
 
 def _refconv2d_backward(
@@ -201,23 +219,23 @@ def _refconv2d_backward(
     need_basis: bool,
     need_refocus: bool,
     need_bias: bool,
+    own_convolution: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from refconv_kernels.backends.triton import fused
+    from refconv_kernels.backends.triton import depthwise, fused
 
-    if need_refocus and fused.fuses(input, basis):
-        geometry = stride, padding, dilation
+    geometry = stride, padding, dilation
+    if own_convolution and need_refocus and fused.fuses(input, basis):
         dx, grad_weight, grad_refocus, grad_bias = fused.backward(
             grad_output, input, transformed, basis, group_size, map_size, *geometry, need_input, need_bias
         )
-        return dx, grad_weight, grad_refocus, grad_bias
-    needs = need_input, need_basis or need_refocus, need_bias
-    grad_input, grad_weight, grad_bias = _grouped_conv2d_backward(
-        grad_output, input, transformed, stride, padding, dilation, *needs
-    )
-    grad_refocus = basis.new_empty(0)
-    if need_refocus:
-        grad_refocus = _refocus_weight_backward(grad_weight, basis, group_size, map_size)
-    return grad_input, grad_weight, grad_refocus, grad_bias
+    else:
+        run = depthwise.backward if own_convolution else torch_convolution.backward
+        needs = need_input, need_basis or need_refocus, need_bias
+        dx, grad_weight, grad_bias = run(grad_output, input, transformed, *geometry, *needs, basis)
+        grad_refocus = basis.new_empty(0)
+        if need_refocus:
+            grad_refocus = _refocus_weight_backward(grad_weight, basis, group_size, map_size)
+    return dx, grad_weight if need_basis else basis.new_empty(0), grad_refocus, grad_bias
 
 
 def _thin_refocus_weight(basis: Tensor, coordinates: Tensor, factor: Tensor, identity: bool) -> Tensor:
@@ -232,16 +250,55 @@ def _thin_refocus_weight_backward(grad_transformed: Tensor, factor: Tensor) -> T
     return thin.backward(grad_transformed, factor)
 
 
-def _thin_refconv2d(*arguments: Any) -> Tensor:
+def _thin_refconv2d(
+    input: Tensor,
+    basis: Tensor,
+    coordinates: Tensor,
+    factor: Tensor,
+    bias: Tensor | None,
+    identity: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    own_convolution: bool,
+) -> Tensor:
     from refconv_kernels.backends.triton import thin
 
-    return thin.convolution_forward(*arguments)
+    geometry = stride, padding, dilation
+    if own_convolution:
+        return thin.convolution_forward(input, basis, coordinates, factor, bias, identity, *geometry)
+    transformed = thin.forward(basis, coordinates, factor, identity, input.dtype)
+    return torch_convolution.forward(input, transformed, basis, bias, *geometry)
 
 
-def _thin_refconv2d_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _thin_refconv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    basis: Tensor,
+    coordinates: Tensor,
+    factor: Tensor,
+    identity: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    need_input: bool,
+    need_weight: bool,
+    need_coordinates: bool,
+    need_bias: bool,
+    own_convolution: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from refconv_kernels.backends.triton import thin
 
-    return thin.convolution_backward(*arguments)
+    geometry, weights = (stride, padding, dilation), (basis, coordinates, factor)
+    if own_convolution:
+        needs = need_input, need_weight, need_coordinates, need_bias
+        return thin.convolution_backward(grad_output, input, *weights, identity, *geometry, *needs)
+    transformed = thin.forward(*weights, identity, input.dtype)
+    dx, grad_weight, grad_bias = torch_convolution.backward(
+        grad_output, input, transformed, *geometry, need_input, need_weight or need_coordinates, need_bias, basis
+    )
+    grad_coordinates = thin.backward(grad_weight, factor) if need_coordinates else coordinates.new_empty(0)
+    return dx, grad_weight if need_weight else basis.new_empty(0), grad_coordinates, grad_bias
 
 
 def _folded_adam(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ def forward(
         tiles = _tiles(y, rows, block_p)
         each = max(1, min(_FORWARD_TILES, tiles * triton.cdiv(y.shape[1], block_c) // _FORWARD_PROGRAMS))
         each = max(1, min(int(each / spread), tiles))
-        registers = 80 if block_c == 1 else 128
+        registers = (80 if weight.shape[3] <= 9 else 128) if block_c == 1 else 128
         if block_c > 1 and (warps == 2 or (other and held > 40)):
             registers = 255  # ptxas spills otherwise
         return Configuration(rows, block_p, block_c, each, unrolled, registers, warps)
@@ -111,12 +111,15 @@ def backward(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    like: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dx, dW, dbias)``, empty where not needed; arguments as in the operator ``grouped_conv2d_backward``."""
-    grad_weight = (
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
-    )
-    grad_bias = weight.new_empty(weight.shape[0] if need_bias else 0)
+    """``(dx, dW, dbias)``, empty where not needed; arguments as in the operator ``grouped_conv2d_backward``.
+
+    dW and dbias are of the type of ``like``, or else of ``weight``.
+    """
+    like = weight if like is None else like
+    grad_weight = torch.empty_like(like, memory_format=torch.contiguous_format) if need_weight else like.new_empty(0)
+    grad_bias = like.new_empty(like.shape[0] if need_bias else 0)
     geometry = stride, padding, dilation
     dx, partial, summed = partial_sums(grad_output, input, weight, *geometry, need_input, need_weight, need_bias)
     if partial is not None:

@@ -151,7 +151,7 @@ def forward(
     """``(y, W_t)``; arguments as in the operator ``refconv2d``."""
     x, basis, refocus = input.contiguous(), basis.contiguous(), refocus.contiguous()
     bias = None if bias is None else bias.contiguous()
-    transformed = torch.empty_like(basis)
+    transformed = torch.empty_like(basis, dtype=x.dtype)
     size = output_size(x, basis, stride, padding, dilation)
     y = x.new_empty(x.shape[0], basis.shape[0], *size)
     rows = strip_rows(size[0])

@@ -134,11 +134,11 @@ def narrow_backward_kernel(
 # --- launches ------------------------------------------------------------------------------------------------
 
 
-def forward(basis: Tensor, refocus: Tensor, identity: bool) -> Tensor:
-    """``W_t`` in the shape of ``basis``; arguments as in the operator ``refocus_weight``."""
+def forward(basis: Tensor, refocus: Tensor, identity: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """``W_t`` in the shape of ``basis``, and in ``dtype``; arguments as in the operator ``refocus_weight``."""
     basis, refocus = basis.contiguous(), refocus.contiguous()
     kernels, group_size, map_size, _ = refocus.shape
-    transformed = torch.empty_like(basis)
+    transformed = torch.empty_like(basis, dtype=dtype)
     if transformed.numel() == 0:
         return transformed
     pixels = basis.shape[2] * basis.shape[3]
