@@ -65,8 +65,8 @@ bool has_nhwc(const GroupedProblem& p) { return p.multiplier == 1 && p.per_group
 
 // An uninitialised feature map [n, c, h, w] in that layout.
 Tensor feature_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool nhwc) {
-  if (!nhwc) return torch::stable::new_empty(like, {n, c, h, w});
-  return torch::stable::transpose(torch::stable::transpose(torch::stable::new_empty(like, {n, h, w, c}), 1, 3), 2, 3);
+  if (!nhwc) return empty(like, {n, c, h, w});
+  return reinterpret(empty(like, {n, h, w, c}), {n, c, h, w}, {h * w * c, 1, w * c, c});
 }
 
 std::string name_of(const GroupedProblem& p, bool channels_last, int64_t element_bytes) {
@@ -91,12 +91,12 @@ Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::opti
                       Ints padding, Ints dilation) {
   const GroupedProblem p = grouped_problem(input, weight, stride, padding, dilation);
   const bool channels_last = is_nhwc(input) || is_nhwc(weight), nhwc = channels_last && has_nhwc(p);
-  const Tensor x = in_layout(input, nhwc), w = torch::stable::contiguous(weight);
+  const Tensor x = in_layout(input, nhwc), w = contiguous_of(weight);
   std::optional<Tensor> b;
   if (bias.has_value()) {
     check_like(*bias, input, 1);
     STD_TORCH_CHECK(bias->size(0) == p.out_channels(), "bias must have one element per output channel");
-    b = torch::stable::contiguous(*bias);
+    b = contiguous_of(*bias);
   }
   const Tensor y = feature_map(input, p.batch, p.out_channels(), p.out_h, p.out_w, nhwc);
   for_storage_dtype(input, [&](auto type) {
@@ -146,11 +146,10 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward(const Tensor& grad_ou
                       grad_output.size(2) == p.out_h && grad_output.size(3) == p.out_w,
                   "grad_output must have the shape of the output");
   const bool channels_last = is_nhwc(input) || is_nhwc(weight), nhwc = channels_last && has_nhwc(p);
-  const Tensor dy = in_layout(grad_output, nhwc), x = in_layout(input, nhwc), w = torch::stable::contiguous(weight);
-  const Tensor grad_input =
-      need_input ? feature_map(x, p.batch, p.channels, p.in_h, p.in_w, nhwc) : torch::stable::new_empty(x, {0});
-  const Tensor grad_weight = torch::stable::new_empty(w, need_weight ? sizes_of(w) : Ints{0});
-  const Tensor grad_bias = torch::stable::new_empty(w, {need_bias ? p.out_channels() : 0});
+  const Tensor dy = in_layout(grad_output, nhwc), x = in_layout(input, nhwc), w = contiguous_of(weight);
+  const Tensor grad_input = need_input ? feature_map(x, p.batch, p.channels, p.in_h, p.in_w, nhwc) : empty(x, {0});
+  const Tensor grad_weight = empty(w, need_weight ? sizes_of(w) : Ints{0});
+  const Tensor grad_bias = empty(w, {need_bias ? p.out_channels() : 0});
   for_storage_dtype(input, [&](auto type) {
     using S = typename decltype(type)::type;
     const S *dy_data = data<S>(dy), *x_data = data<S>(x), *w_data = data<S>(w);

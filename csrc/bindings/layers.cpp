@@ -28,8 +28,8 @@ class Convolution {
     const auto run = own_ ? grouped_conv2d_backward : torch_conv2d_backward;
     const auto [grad_input, grad_weight, grad_bias] =
         run(grad_output, input_, transformed, stride_, padding_, dilation_, need_input, need_weight, need_bias);
-    return {need_input ? in_layout(grad_input, nhwc_) : grad_input,
-            torch::stable::contiguous(in_type_of(like, grad_weight)), in_type_of(like, grad_bias)};
+    return {need_input ? in_layout(grad_input, nhwc_) : grad_input, contiguous_of(in_type_of(like, grad_weight)),
+            in_type_of(like, grad_bias)};
   }
 
  private:
@@ -58,13 +58,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refconv2d_backward(const Tensor& grad
   const Convolution convolution(input, basis, stride, padding, dilation, own_convolution);
   auto [grad_input, grad_weight, grad_bias] =
       convolution.backward(grad_output, transformed, basis, need_input, need_basis || need_refocus, need_bias);
-  Tensor grad_refocus = torch::stable::new_empty(basis, {0});
+  Tensor grad_refocus = empty(basis, {0});
   if (need_refocus) {
     // dW_t is nobody else's, so that dW_r may take its place.
     grad_refocus = need_basis ? refocus_weight_backward(grad_weight, basis, group_size, map_size)
                               : refocus_weight_backward_over(grad_weight, basis, group_size, map_size);
   }
-  if (!need_basis) grad_weight = torch::stable::new_empty(basis, {0});
+  if (!need_basis) grad_weight = empty(basis, {0});
   return {grad_input, grad_weight, grad_refocus, grad_bias};
 }
 
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> thin_refconv2d_backward(const Tensor&
   const Tensor transformed = in_type_of(input, thin_refocus_weight(basis, coordinates, factor, identity));
   const auto [grad_input, grad_weight, grad_bias] =
       convolution.backward(grad_output, transformed, basis, need_input, need_weight || need_coordinates, need_bias);
-  const Tensor none = torch::stable::new_empty(basis, {0});
+  const Tensor none = empty(basis, {0});
   const Tensor grad_coordinates = need_coordinates ? thin_refocus_weight_backward(grad_weight, factor) : none;
   return {grad_input, need_weight ? grad_weight : none, grad_coordinates, grad_bias};
 }

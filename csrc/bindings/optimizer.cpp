@@ -15,10 +15,10 @@ std::tuple<Tensor, Tensor> folded_adam(const Tensor& first, const Tensor& root, 
                   "first and gradient must be [rows, rank], root [rows, rank (rank + 1) / 2] and rotation "
                   "[rows / per_group, rank, columns]");
   p.per_group = p.rows / groups;
-  const Tensor m = torch::stable::contiguous(first), u = torch::stable::contiguous(root);
-  const Tensor g = torch::stable::contiguous(gradient), q = torch::stable::contiguous(rotation);
-  const Tensor direction = torch::stable::new_empty(m, sizes_of(m));
-  const Tensor updated = torch::stable::new_empty(u, sizes_of(u));
+  const Tensor m = contiguous_of(first), u = contiguous_of(root);
+  const Tensor g = contiguous_of(gradient), q = contiguous_of(rotation);
+  const Tensor direction = empty(m, sizes_of(m));
+  const Tensor updated = empty(u, sizes_of(u));
   for_dtype(first, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto kernel = cpu::instruction_set().kernels.folded_adam<T>();

@@ -89,9 +89,32 @@ inline bool is_nhwc(const Tensor& t) {
   return !t.is_contiguous();
 }
 
+// Torch's operations are called by name, which costs microseconds even where there is nothing to do.
+inline Tensor contiguous_of(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 inline Tensor in_layout(const Tensor& t, bool nhwc) {
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::contiguous(t, nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  if (!nhwc) return contiguous_of(t);
+  return is_nhwc(t) ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// For calls of torch's C interface, which return a code. (The header's own macro changed its name.)
+inline void succeeded(AOTITorchError code) {
+  STD_TORCH_CHECK(code == AOTI_TORCH_SUCCESS, "an operation of PyTorch failed; its message is on standard error");
+}
+
+inline Tensor empty(const Tensor& like, const Ints& sizes) {
+  AtenTensorHandle made = nullptr;
+  succeeded(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), nullptr, nullptr,
+                                      nullptr, 0, nullptr, &made));
+  return Tensor(made);
+}
+
+// The memory of a tensor as another one that is no view of it.
+inline Tensor reinterpret(const Tensor& t, const Ints& sizes, const Ints& strides) {
+  AtenTensorHandle made = nullptr;
+  succeeded(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
+                                           &made));
+  return Tensor(made);
 }
 
 inline Tensor in_type_of(const Tensor& like, const Tensor& t) {

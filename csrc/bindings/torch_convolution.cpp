@@ -1,13 +1,12 @@
-// PyTorch's own convolution, called by its name, for the layers whose convolution is not ours.
-#include <array>
+// PyTorch's own convolution, through torch's C interface, for the layers whose convolution is not ours.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "operators.h"
 
 namespace refconv::bindings {
 namespace {
 
-using torch::stable::detail::from;
-using torch::stable::detail::to;
+constexpr int64_t kNoPadding[] = {0, 0};  // of the output
 
 int64_t groups_of(const Tensor& input, const Tensor& weight) {
   check_like(input, input, 4);
@@ -21,41 +20,29 @@ int64_t groups_of(const Tensor& input, const Tensor& weight) {
 
 Tensor torch_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
                     Ints padding, Ints dilation) {
-  const bool transposed = false;
-  const Ints output_padding{0, 0};
-  std::array stack{from(input),      from(weight),         from(bias),
-                   from(stride),     from(padding),        from(dilation),
-                   from(transposed), from(output_padding), from(groups_of(input, weight))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
+  AtenTensorHandle b = bias.has_value() ? bias->get() : nullptr, y = nullptr;
+  succeeded(aoti_torch_cpu_convolution(input.get(), weight.get(), bias.has_value() ? &b : nullptr, stride.data(), 2,
+                                       padding.data(), 2, dilation.data(), 2, false, kNoPadding, 2,
+                                       groups_of(input, weight), &y));
+  return Tensor(y);
 }
 
 std::tuple<Tensor, Tensor, Tensor> torch_conv2d_backward(const Tensor& grad_output, const Tensor& input,
                                                          const Tensor& weight, Ints stride, Ints padding, Ints dilation,
                                                          bool need_input, bool need_weight, bool need_bias) {
   check_like(grad_output, input, 4);
-  const bool transposed = false;
-  const Ints output_padding{0, 0};
-  const std::optional<Ints> bias_sizes = Ints{weight.size(0)};
-  const std::array<bool, 3> needs{need_input, need_weight, need_bias};
-  std::array stack{from(grad_output),
-                   from(input),
-                   from(weight),
-                   from(bias_sizes),
-                   from(stride),
-                   from(padding),
-                   from(dilation),
-                   from(transposed),
-                   from(output_padding),
-                   from(groups_of(input, weight)),
-                   from(torch::headeronly::HeaderOnlyArrayRef<bool>(needs.data(), needs.size()))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
-  std::array<Tensor, 3> grads{to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
-  for (Tensor& grad : grads) {
-    if (!grad.defined()) grad = torch::stable::new_empty(input, {0});
-  }
-  return {grads[0], grads[1], grads[2]};
+  const int64_t bias_size = weight.size(0), *bias_sizes = &bias_size;
+  const int32_t needs[] = {need_input, need_weight, need_bias};
+  AtenTensorHandle dx = nullptr, dw = nullptr, db = nullptr;
+  succeeded(aoti_torch_cpu_convolution_backward(grad_output.get(), input.get(), weight.get(), &bias_sizes, 1,
+                                                stride.data(), 2, padding.data(), 2, dilation.data(), 2, false,
+                                                kNoPadding, 2, groups_of(input, weight), needs, 3, &dx, &dw, &db));
+  // Instead of what PyTorch leaves undefined:
+  const auto taken = [&](AtenTensorHandle handle) {
+    const Tensor grad(handle);
+    return grad.defined() ? grad : empty(input, {0});
+  };
+  return {taken(dx), taken(dw), taken(db)};
 }
 
 }  // namespace refconv::bindings

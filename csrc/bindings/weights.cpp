@@ -1,6 +1,4 @@
 // Transformed weights, in the full and in the thin form: tensors in, tensors out.
-#include <array>
-
 #include "operators.h"
 
 namespace refconv::bindings {
@@ -31,9 +29,9 @@ Tensor refocus_weight(const Tensor& basis, const Tensor& refocus, bool identity)
   const RefocusProblem p = refocus_problem(basis, refocus.size(1), refocus.size(2), identity);
   STD_TORCH_CHECK(refocus.size(0) == p.kernels && refocus.size(3) == p.map_size,
                   "refocus must be [kernels, group_size, map_size, map_size]");
-  const Tensor b = torch::stable::contiguous(basis);
-  const Tensor r = torch::stable::contiguous(refocus);
-  const Tensor transformed = torch::stable::new_empty(b, sizes_of(b));
+  const Tensor b = contiguous_of(basis);
+  const Tensor r = contiguous_of(refocus);
+  const Tensor transformed = empty(b, sizes_of(b));
   for_storage_dtype(basis, [&](auto type) {
     using S = typename decltype(type)::type;
     const auto kernel = refocus_kernels<S>().forward;
@@ -74,8 +72,8 @@ RefocusProblem backward_problem(const Tensor& grad_transformed, const Tensor& ba
 Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& basis, int64_t group_size,
                                int64_t map_size) {
   const RefocusProblem p = backward_problem(grad_transformed, basis, group_size, map_size);
-  const Tensor g = torch::stable::contiguous(grad_transformed), b = torch::stable::contiguous(basis);
-  const Tensor grad_refocus = torch::stable::new_empty(b, {p.kernels, group_size, map_size, map_size});
+  const Tensor g = contiguous_of(grad_transformed), b = contiguous_of(basis);
+  const Tensor grad_refocus = empty(b, {p.kernels, group_size, map_size, map_size});
   refocus_backward_into(p, g, b, grad_refocus);
   return grad_refocus;
 }
@@ -86,11 +84,10 @@ Tensor refocus_weight_backward_over(const Tensor& grad_transformed, const Tensor
   if (!cpu::is_dense_3x3(p) || !grad_transformed.is_contiguous()) {
     return refocus_weight_backward(grad_transformed, basis, group_size, map_size);
   }
-  const Tensor view = torch::stable::view(grad_transformed, {p.kernels, group_size, map_size, map_size});
-  std::array stack{torch::stable::detail::from(view)};  // a tensor in its own right, not a view of one that is gone
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
-  const Tensor grad_refocus = torch::stable::detail::to<Tensor>(stack[0]);
-  refocus_backward_into(p, grad_transformed, torch::stable::contiguous(basis), grad_refocus);
+  const int64_t size = map_size * map_size;
+  const Tensor grad_refocus =
+      reinterpret(grad_transformed, {p.kernels, 1, map_size, map_size}, {size, size, map_size, 1});
+  refocus_backward_into(p, grad_transformed, contiguous_of(basis), grad_refocus);
   return grad_refocus;
 }
 
@@ -117,8 +114,8 @@ Tensor thin_refocus_weight(const Tensor& basis, const Tensor& coordinates, const
   check_like(coordinates, basis, 2);
   STD_TORCH_CHECK(coordinates.size(0) == p.kernels && coordinates.size(1) == p.rank,
                   "coordinates must be [kernels, rank]");
-  const Tensor b = torch::stable::contiguous(basis), e = torch::stable::contiguous(coordinates);
-  const Tensor f = torch::stable::contiguous(factor), transformed = torch::stable::new_empty(b, sizes_of(b));
+  const Tensor b = contiguous_of(basis), e = contiguous_of(coordinates);
+  const Tensor f = contiguous_of(factor), transformed = empty(b, sizes_of(b));
   for_storage_dtype(basis, [&](auto type) {
     using S = typename decltype(type)::type;
     const auto kernel = cpu::instruction_set().kernels.thin<S>().forward;
@@ -132,8 +129,8 @@ Tensor thin_refocus_weight(const Tensor& basis, const Tensor& coordinates, const
 
 Tensor thin_refocus_weight_backward(const Tensor& grad_transformed, const Tensor& factor) {
   const ThinProblem p = thin_problem(grad_transformed, factor, false);
-  const Tensor g = torch::stable::contiguous(grad_transformed), f = torch::stable::contiguous(factor);
-  const Tensor grad_coordinates = torch::stable::new_empty(g, {p.kernels, p.rank});
+  const Tensor g = contiguous_of(grad_transformed), f = contiguous_of(factor);
+  const Tensor grad_coordinates = empty(g, {p.kernels, p.rank});
   for_storage_dtype(g, [&](auto type) {
     using S = typename decltype(type)::type;
     const auto kernel = cpu::instruction_set().kernels.thin<S>().backward;
