@@ -156,6 +156,11 @@ def test_refocus_weight_errors(changes: dict[str, Any], error: type[Exception], 
         ({"input": X[..., :2]}, ValueError, r"input width \(=2, 2 with padding\) must be at least the width .* \(=3\)"),
         ({"input": X[:, :, :0]}, ValueError, r"input height \(=0, 0 with padding\) must be at least"),
         ({"weight": W[0]}, ValueError, r"weight.shape \(=\(2, 3, 3\)\) must be \[C_out, C_in/groups, K_h, K_w\]"),
+        (
+            {"weight": W[:0], "bias": B[:0]},
+            ValueError,
+            r"weight.shape \(=\(0, 2, 3, 3\)\) must have sizes of at least 1",
+        ),
         ({"weight": W[:7], "bias": B[:7]}, ValueError, r"weight.shape\[0\] \(=7\) must be divisible by groups \(=2\)"),
         ({"bias": B[:7]}, ValueError, r"bias.shape \(=\(7,\)\) must be \(C_out,\) = \(8,\)"),
         ({"bias": 1.0}, TypeError, r"bias \(=1.0\) must be a torch.Tensor"),
@@ -176,6 +181,14 @@ def test_conv2d_errors(changes: dict[str, Any], error: type[Exception], message:
     args = {"input": X, "weight": W, "bias": B, "groups": 2, **changes}
     with pytest.raises(error, match=message):
         functional.conv2d(**args)
+
+
+@pytest.mark.parametrize(("out_channels", "channels", "groups"), [(0, 4, 1), (4, 0, 1), (0, 4, 4)])
+def test_layers_without_kernels_are_refused(out_channels: int, channels: int, groups: int) -> None:
+    basis = torch.randn(out_channels, channels // groups, 3, 3)
+    refocus = torch.randn(basis.shape[0] * basis.shape[1], groups, 3, 3)
+    with pytest.raises(ValueError, match="must have sizes of at least 1"):
+        functional.refconv2d(torch.randn(1, channels, 5, 5), basis, refocus, None, (1, 1), (1, 1), (1, 1), groups)
 
 
 def test_refconv2d_groups_must_match_the_refocusing_weights() -> None:

@@ -221,6 +221,10 @@ def _channels_last(argument: object) -> object:
         ("thin_refocus_weight_backward", {0: torch.randn(6, 1, 3, 5)}, "factor must be"),
         ("thin_refconv2d", {1: torch.randn(5, 1, 3, 3)}, "coordinates must be"),
         ("thin_refconv2d_backward", {0: torch.randn(2, 6, 7, 8)}, "shape of the output"),
+        # The same where the convolution is PyTorch's.
+        ("refconv2d", {0: torch.randn(2, 7, 7, 9), 8: False}, "weight must be"),
+        ("refconv2d", {3: torch.randn(5), 8: False}, "one element per output channel"),
+        ("refconv2d_backward", {0: torch.randn(2, 6, 7, 8), 13: False}, "shape of the output"),
     ],
 )
 def test_raw_operators_refuse_what_would_leave_the_tensors(name: str, change: dict[int, object], message: str) -> None:

@@ -52,13 +52,6 @@ GroupedProblem grouped_problem(const Ints& input, const Ints& weight, const Ints
   return p;
 }
 
-GroupedProblem grouped_problem(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
-                               const Ints& dilation) {
-  check_like(input, input, 4);
-  check_like(weight, input, 4);
-  return grouped_problem(sizes_of(input), sizes_of(weight), stride, padding, dilation);
-}
-
 // Whether a problem with channels_last feature maps (the input's or the weight's decides, as in PyTorch) has kernels of
 // that layout; others are copied to NCHW and back.
 bool has_nhwc(const GroupedProblem& p) { return p.multiplier == 1 && p.per_group == 1; }
@@ -79,6 +72,25 @@ std::string name_of(const GroupedProblem& p, bool channels_last, int64_t element
 
 }  // namespace
 
+GroupedProblem grouped_problem(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                               const Ints& dilation) {
+  check_like(input, input, 4);
+  check_like(weight, input, 4);
+  return grouped_problem(sizes_of(input), sizes_of(weight), stride, padding, dilation);
+}
+
+void check_grad_output(const GroupedProblem& p, const Tensor& grad_output, const Tensor& input) {
+  check_like(grad_output, input, 4);
+  STD_TORCH_CHECK(grad_output.size(0) == p.batch && grad_output.size(1) == p.out_channels() &&
+                      grad_output.size(2) == p.out_h && grad_output.size(3) == p.out_w,
+                  "grad_output must have the shape of the output");
+}
+
+void check_bias(const GroupedProblem& p, const Tensor& bias, const Tensor& input) {
+  check_like(bias, input, 1);
+  STD_TORCH_CHECK(bias.size(0) == p.out_channels(), "bias must have one element per output channel");
+}
+
 std::string grouped_kernel(const Ints& input, const Ints& weight, const Ints& stride, const Ints& padding,
                            const Ints& dilation, bool channels_last, int64_t element_bytes) {
   const GroupedProblem p = grouped_problem(input, weight, stride, padding, dilation);
@@ -94,8 +106,7 @@ Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::opti
   const Tensor x = in_layout(input, nhwc), w = contiguous_of(weight);
   std::optional<Tensor> b;
   if (bias.has_value()) {
-    check_like(*bias, input, 1);
-    STD_TORCH_CHECK(bias->size(0) == p.out_channels(), "bias must have one element per output channel");
+    check_bias(p, *bias, input);
     b = contiguous_of(*bias);
   }
   const Tensor y = feature_map(input, p.batch, p.out_channels(), p.out_h, p.out_w, nhwc);
@@ -141,10 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward(const Tensor& grad_ou
                                                            Ints dilation, bool need_input, bool need_weight,
                                                            bool need_bias) {
   const GroupedProblem p = grouped_problem(input, weight, stride, padding, dilation);
-  check_like(grad_output, input, 4);
-  STD_TORCH_CHECK(grad_output.size(0) == p.batch && grad_output.size(1) == p.out_channels() &&
-                      grad_output.size(2) == p.out_h && grad_output.size(3) == p.out_w,
-                  "grad_output must have the shape of the output");
+  check_grad_output(p, grad_output, input);
   const bool channels_last = is_nhwc(input) || is_nhwc(weight), nhwc = channels_last && has_nhwc(p);
   const Tensor dy = in_layout(grad_output, nhwc), x = in_layout(input, nhwc), w = contiguous_of(weight);
   const Tensor grad_input = need_input ? feature_map(x, p.batch, p.channels, p.in_h, p.in_w, nhwc) : empty(x, {0});

@@ -14,6 +14,11 @@
 namespace refconv::bindings {
 
 // convolution.cpp
+// A convolution by the sizes of its tensors; throws where they do not fit.
+GroupedProblem grouped_problem(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                               const Ints& dilation);
+void check_grad_output(const GroupedProblem& p, const Tensor& grad_output, const Tensor& input);
+void check_bias(const GroupedProblem& p, const Tensor& bias, const Tensor& input);
 // Which kernel runs a problem of these sizes forward, and its instruction set, for people.
 std::string grouped_kernel(const Ints& input, const Ints& weight, const Ints& stride, const Ints& padding,
                            const Ints& dilation, bool channels_last, int64_t element_bytes);

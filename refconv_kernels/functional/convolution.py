@@ -51,6 +51,8 @@ def conv2d(
     """
     check_tensors(input=input, weight=weight)
     check_dims("weight", weight, 4, "[C_out, C_in/groups, K_h, K_w]")
+    if weight.numel() == 0:
+        raise ValueError(f"weight.shape (={tuple(weight.shape)}) must have sizes of at least 1")
     if input.dim() not in (3, 4):
         raise ValueError(f"input.shape (={tuple(input.shape)}) must be [B, C_in, H, W] or [C_in, H, W]")
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)

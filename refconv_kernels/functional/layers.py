@@ -141,7 +141,7 @@ def _one_call(
             return _TWO_STEPS
     out_channels, per_group, *size = basis.shape
     kernels = out_channels * per_group
-    if input.shape[1] != per_group * groups or out_channels % groups != 0:
+    if kernels == 0 or input.shape[1] != per_group * groups or out_channels % groups != 0:
         return _TWO_STEPS
     shape = weights[0].shape  # of W_r or E
     if len(weights) == 1:
