@@ -143,6 +143,27 @@ def test_infinity_reaches_only_the_taps_that_see_it(
 
 
 @needs_native
+@pytest.mark.usefixtures("_isa")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_read_and_written(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Infinities, NaN of every kind and subnormal numbers too; the lengths of rows straddle the vectors."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    for width in (7, 8, 31, 64):
+        rows = -(-65536 // (4 * width))
+        x = torch.zeros(4 * rows * width, dtype=dtype)
+        x[:65536] = every
+        x = x.view(1, 4, rows, width).contiguous(memory_format=layout)
+        for name in cpu.native.instruction_sets():
+            cpu.native.set_instruction_set(name)
+            y = torch.ops.refconv_cpu.grouped_conv2d(
+                x, torch.ones(4, 1, 1, 1, dtype=dtype), None, [1, 1], [0, 0], [1, 1]
+            )
+            assert torch.equal(y.isnan(), x.isnan())
+            assert torch.equal(y.nan_to_num(0, 7, -7), x.nan_to_num(0, 7, -7))
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_one_call_gives_what_the_two_steps_give(layout: torch.memory_format, dtype: torch.dtype) -> None:

@@ -14,11 +14,20 @@ using VecBits = Vec<uint32_t>;
 
 inline Vec<float> widen(Vec16 v, const BFloat16*) { return (Vec<float>)(__builtin_convertvector(v, VecBits) << 16); }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even. A NaN stays one: it came from a 16-bit element or is the processor's own, so that
+// its lower half is zero and nothing is carried into the upper one.
 inline Vec16 narrow(Vec<float> v, const BFloat16*) {
+#if defined(__AVX512BW__) && REFCONV_VECTOR_BYTES == 64
+  const __m512i bits = (__m512i)v;
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
+  const __m512i upper = (__m512i)(VecBits{0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d});
+  return (Vec16)_mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, rounded));
+#else
   const VecBits bits = (VecBits)v;
-  const VecBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, Vec16);
+  return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Vec16);
+#endif
 }
 
 #if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
@@ -62,9 +71,15 @@ inline Vec16 load_partial_16(const void* from, int64_t count) {
 }
 
 inline void store_partial_16(void* to, Vec16 v, int64_t count) {
+#if defined(__AVX512VL__) && REFCONV_VECTOR_BYTES == 64
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(first_lanes(count)), (__m256i)v);
+#elif defined(__AVX512VL__)
+  _mm_mask_storeu_epi16(to, static_cast<__mmask8>(first_lanes(count)), (__m128i)v);
+#else
   for (int64_t i = 0; i < kLanes<float> - 1; ++i) {
     if (i < count) static_cast<uint16_t*>(to)[i] = v[i];
   }
+#endif
 }
 
 #define REFCONV_16_BIT_ACCESS(S)                                                                                     \
@@ -82,6 +97,22 @@ inline void store_partial_16(void* to, Vec16 v, int64_t count) {
 REFCONV_16_BIT_ACCESS(BFloat16)
 REFCONV_16_BIT_ACCESS(Half)
 #undef REFCONV_16_BIT_ACCESS
+
+#if defined(__AVX512VL__) && REFCONV_VECTOR_BYTES == 64
+template <typename S>
+inline Vec<float> load_halves(const S* lower, const S* upper, int64_t count) {
+  const auto mask = static_cast<__mmask8>(first_lanes(count));
+  const __m128i low = _mm_maskz_loadu_epi16(mask, lower), high = _mm_maskz_loadu_epi16(mask, upper);
+  return widen((Vec16)_mm256_set_m128i(high, low), lower);
+}
+template <typename S>
+inline void store_halves(S* lower, S* upper, Vec<float> v, int64_t count) {
+  const auto mask = static_cast<__mmask8>(first_lanes(count));
+  const __m256i narrowed = (__m256i)narrow(v, lower);
+  _mm_mask_storeu_epi16(lower, mask, _mm256_castsi256_si128(narrowed));
+  _mm_mask_storeu_epi16(upper, mask, _mm256_extracti128_si256(narrowed, 1));
+}
+#endif
 
 // --- any number of lanes up to all ---
 

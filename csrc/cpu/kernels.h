@@ -115,7 +115,7 @@ template <> inline FoldedAdamKernel<double> Kernels::folded_adam() const { retur
 // Whether these planes, of a type of so many bytes, are so narrow that two of their rows go into one of these vectors,
 // of 16 floats. (Smaller ones are filled by a row of more than 6 pixels.)
 [[maybe_unused]] static bool has_twin_planes(const GroupedProblem& p, int64_t element_bytes, int64_t vector_bytes) {
-  return has_planes_3x3(p) && element_bytes == 4 && vector_bytes == 64 && p.out_w <= 8 && p.in_w <= 16;
+  return has_planes_3x3(p) && element_bytes <= 4 && vector_bytes == 64 && p.out_w <= 8 && p.in_w <= 16;
 }
 
 // Whether channels_last maps have the loops of depthwise_nhwc_3x3.h.

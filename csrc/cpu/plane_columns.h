@@ -69,7 +69,7 @@ struct Column {
 };
 
 #if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
-// Planes of floats in rows that fill at most half a vector, two at a time: the second one in the upper half. They
+// Planes in rows that fill at most half a vector of floats, two at a time: the second one in the upper half. They
 // follow each other in memory, with the distances of x and y, and so do their weights. With stride 2 a row of x fills a
 // vector.
 struct Twins {

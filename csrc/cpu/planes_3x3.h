@@ -67,7 +67,7 @@ inline void for_columns(int64_t width, const Run& run) {
 template <typename S, typename Run>
 inline void for_columns(const GroupedProblem& p, [[maybe_unused]] int64_t count, const Run& run) {
 #if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
-  if constexpr (sizeof(S) == 4) {
+  if constexpr (sizeof(S) <= 4) {
     if (count == 2) return run(Twins{p.out_w, p.in_size(), p.out_size()}, 0);
   }
 #endif
