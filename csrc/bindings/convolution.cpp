@@ -63,7 +63,7 @@ Tensor feature_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t 
 }
 
 std::string name_of(const GroupedProblem& p, bool channels_last, int64_t element_bytes) {
-  if (channels_last && has_nhwc(p)) return cpu::has_nhwc_3x3(p) ? "channels_last rows, 3x3" : "channels_last pixels";
+  if (channels_last && has_nhwc(p)) return cpu::has_nhwc_3x3(p) ? "channels_last rows, 3x3" : "channels_last tiles";
   if (cpu::has_turned_planes(p)) return "small planes, channels in the lanes";
   if (!cpu::has_planes_3x3(p)) return p.per_group == 1 ? "padded planes" : "padded planes of a group";
   const bool twins = cpu::has_twin_planes(p, element_bytes, set_of(p, false, element_bytes).vector_bytes);
@@ -141,8 +141,9 @@ void nhwc_backward(const GroupedProblem& p, const S* dy, const S* x, const S* w,
   parallel(chunks, 2 * p.batch * p.in_size() / chunks * p.channels * p.taps(), [&](int64_t begin, int64_t end) {
     kernels.nhwc_backward(p, dy, x, w, dx, totals.get(), chunks, dw != nullptr, db != nullptr, begin, end);
   });
-  parallel(p.channels, chunks * (p.taps() + 1),
-           [&](int64_t begin, int64_t end) { kernels.nhwc_reduce(p, totals.get(), chunks, dw, db, begin, end); });
+  parallel(p.channels, chunks * (p.taps() + 1), [&](int64_t begin, int64_t end) {
+    kernels.nhwc_reduce(p, dy, x, totals.get(), chunks, dw, db, begin, end);
+  });
 }
 
 }  // namespace

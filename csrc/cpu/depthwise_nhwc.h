@@ -1,12 +1,13 @@
 // What both directions of the depthwise convolution on channels_last maps share.
 //
-// Equations: csrc/problem.h. Lanes are channels, so no pixel is moved and any kernel size, stride and dilation is the
-// same loop: some pixels of a row at once, tap by tap, each loaded weight serving all of them. The channels are the
-// innermost loop, so that memory is gone through in order. 3x3 kernels have loops of their own (depthwise_nhwc_3x3.h).
+// Equations: csrc/problem.h. Lanes are channels. Strips of rows that fit the second cache are gone through for one
+// vector of channels after the other, by way of a few rows of it in the first cache (lane_rows.h); the next strip is
+// fetched meanwhile, in the order of memory. 3x3 kernels have loops of their own (depthwise_nhwc_3x3.h).
 #pragma once
 
 #include "elements.h"
 #include "kernels.h"
+#include "lane_rows.h"
 #include "lattice.h"
 #include "scratch.h"
 #include "simd.h"
@@ -26,16 +27,58 @@ struct TapMajor {
 // cache.
 enum class Maps { kCached, kMemory, kAround };
 
-// One image whose maps are in the caches. Of the bias there is a vector at least, or none; dW is added to `total`.
-template <typename T>
-void nhwc_forward_image(const GroupedProblem& p, TapMajor<const T> weight, const T* bias, const T* x, T* y);
-template <typename T>
-void nhwc_backward_image(const GroupedProblem& p, TapMajor<const T> weight, const Lattices& lattices, const T* grad_y,
-                         const T* x, T* grad_x, TapMajor<T> total);
+// Rows of y, with the memory that takes. Weights are those of all channels.
+template <typename S>
+class NhwcForward {
+  using T = Compute<S>;
+
+ public:
+  explicit NhwcForward(const GroupedProblem& p);
+  // Rows of y from row i on, `rows` of them; x and y are one image. Of the bias there is a vector at least, or none.
+  void run(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows, Maps maps);
+
+ private:
+  int64_t run_3x3(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t most_rows, Maps maps);
+  void run_strip(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows, Maps maps);
+
+  const GroupedProblem p_;
+  const int64_t strip_;
+  const Tiles<T> tiles_;
+  LaneRows<T> x_;
+  TileOutput<S> output_;
+  Scratch<const T*> met_;
+};
+
+// Rows of dx, with the memory that takes, and what they add to dW.
+template <typename S>
+class NhwcBackward {
+  using T = Compute<S>;
+
+ public:
+  // Without `need_input`, dx is left alone, without `need_weight` dW.
+  NhwcBackward(const GroupedProblem& p, bool need_input, bool need_weight);
+  // Rows of x from row i on, `rows` of them; all maps are one image. dW is added to `total`, in the compute type.
+  void run(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i, int64_t rows, TapMajor<T> total,
+           Maps maps);
+
+ private:
+  bool run_3x3(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i, TapMajor<T> total,
+               Maps maps);
+  void run_strip(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i, int64_t rows,
+                 TapMajor<T> total, Maps maps);
+
+  const GroupedProblem p_;
+  const bool need_input_, need_weight_;
+  const Lattices lattices_;
+  const int64_t strip_, left_;  // rows; zeros that dx meets before a row of dy
+  LaneRows<T> x_, dy_;
+  TileOutput<S> output_;
+  Scratch<const T*> met_;
+};
 
 namespace {
 
-constexpr int kPixels = kVectorRegisters == 32 ? 8 : 4;  // at once; backward holds twice as many vectors
+constexpr int64_t kStripBytes = 128 << 10;  // of the maps that are read
 
 // FULL: all lanes are channels; otherwise the first `count`.
 template <bool FULL, typename S>
@@ -60,6 +103,19 @@ Maps maps_of(const GroupedProblem& p, const S* output, int64_t pixels) {
                       reinterpret_cast<uintptr_t>(output) % static_cast<uintptr_t>(vector) == 0;
   return around ? Maps::kAround : Maps::kMemory;
 }
+
+// What is fetched while something else is computed, a vector for each pixel, in the order of memory; outputs too, since
+// what is written has to be in the cache as well.
+template <typename S>
+struct Next {
+  const S* from;
+  int64_t vectors;  // per pixel
+  REFCONV_INLINE void fetch(int64_t pixels) {
+    const int64_t count = pixels * vectors * kLanes<Compute<S>>;
+    prefetch(from, count);
+    from += count;
+  }
+};
 
 // [taps][channels rounded up], zero in the surplus channels. Rows of an odd number of vectors, lest 512 or 1024
 // channels put all taps into a few sets of the first cache.

@@ -7,96 +7,12 @@
 #include "depthwise_nhwc.h"
 #include "depthwise_nhwc_3x3.h"
 #include "entry_points.h"
+#include "exact_gradient.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
 constexpr int64_t kStripTerms = 1024;  // added up in one lane before they move on to a double
-
-// The taps that pixels of one row of x see: those of `rows` and `columns` in the ranges of `window`.
-struct Seen {
-  const LatticeTaps &rows, &columns;
-  Window window;
-};
-
-// What PIXELS pixels of one row of x meet, for one vector of channels: dx is set, `total` [taps][channels] added to.
-// `dy` belongs to the first pixel and tap.
-template <typename S, int PIXELS, bool FULL>
-inline void meet(const GroupedProblem& p, TapMajor<const Compute<S>> weight, const Seen& seen, int64_t c, const S* dy,
-                 const S* x, S* dx, TapMajor<Compute<S>> total, Maps maps) {
-  using T = Compute<S>;
-  const int64_t x_step = p.stride_w * p.channels, count = p.channels - c;
-  Vec<T> pixel[PIXELS], sum[PIXELS];
-#pragma GCC unroll 8
-  for (int n = 0; n < PIXELS; ++n) {
-    pixel[n] = load_channels<FULL>(x + n * x_step + c, count);
-    sum[n] = Vec<T>{};
-  }
-  for (int64_t a = seen.window.top; a < seen.window.bottom; ++a) {
-    for (int64_t b = seen.window.left; b < seen.window.right; ++b) {
-      const int64_t tap =
-          (seen.rows.last - a * seen.rows.step) * p.kernel_w + seen.columns.last - b * seen.columns.step;
-      const S* from = dy + (a * seen.rows.shift * p.out_w + b * seen.columns.shift) * p.channels + c;
-      const Vec<T> w = in_register(load(weight.at(tap, c)));
-      T* tap_total = total.at(tap, c);
-      Vec<T> even = load(tap_total), odd = {};
-#pragma GCC unroll 8
-      for (int n = 0; n < PIXELS; ++n) {
-        const Vec<T> g = in_register(load_channels<FULL>(from + n * p.channels, count));
-        sum[n] += w * g;
-        (n % 2 == 0 ? even : odd) += pixel[n] * g;
-      }
-      store(tap_total, even + odd);
-    }
-  }
-#pragma GCC unroll 8
-  for (int n = 0; n < PIXELS; ++n) store_channels<FULL>(dx + n * x_step + c, sum[n], count, maps);
-}
-
-template <typename S, int PIXELS>
-void backward_pixels(const GroupedProblem& p, TapMajor<const Compute<S>> weight, const Seen& seen, const S* dy,
-                     const S* x, S* dx, TapMajor<Compute<S>> total, Maps maps) {
-  int64_t c = 0;
-  for (; c + kLanes<Compute<S>> <= p.channels; c += kLanes<Compute<S>>) {
-    meet<S, PIXELS, true>(p, weight, seen, c, dy, x, dx, total, maps);
-  }
-  if (c < p.channels) meet<S, PIXELS, false>(p, weight, seen, c, dy, x, dx, total, maps);
-}
-
-template <typename S>
-void backward_row_by_taps(const GroupedProblem& p, TapMajor<const Compute<S>> weight, const Lattices& lattices,
-                          const S* grad_y, const S* x, S* grad_x, int64_t i, TapMajor<Compute<S>> total, Maps maps) {
-  const LatticeTaps& rows = lattices.rows[i % p.stride_h];
-  const int64_t h = i / p.stride_h + rows.first_dy;
-  for (int64_t f = 0; f < p.stride_w; ++f) {
-    Seen seen{rows, lattices.columns[f], {}};
-    clip(h, rows.shift, p.out_h, rows.count, &seen.window.top, &seen.window.bottom);
-    const LatticeTaps& columns = seen.columns;
-    const int64_t size = (p.in_w - f + p.stride_w - 1) / p.stride_w;
-    const int64_t inside = p.out_w - (columns.count - 1) * columns.shift;
-    for (int64_t v = 0; v < size;) {
-      const int64_t w = v + columns.first_dy, pixel = (i * p.in_w + f + v * p.stride_w) * p.channels;
-      const S *dy = grad_y + (h * p.out_w + w) * p.channels, *from = x + pixel;
-      const int64_t fitting = w < 0 ? 0 : least(size - v, inside - w);
-      if (f == 0 && maps != Maps::kCached) {  // what the next row of x needs and this one does not
-        const int64_t pixels = fitting >= kPixels ? kPixels : 1;
-        prefetch(from + p.in_w * p.channels, pixels * p.stride_w * p.channels);
-        prefetch(dy + ((rows.count - 1) * rows.shift + 1) * p.out_w * p.channels, pixels * p.channels);
-      }
-      clip(w, columns.shift, p.out_w, columns.count, &seen.window.left, &seen.window.right);
-      if (fitting >= kPixels) {
-        backward_pixels<S, kPixels>(p, weight, seen, dy, from, grad_x + pixel, total, maps);
-        v += kPixels;
-      } else if (fitting >= kPixels / 2) {
-        backward_pixels<S, kPixels / 2>(p, weight, seen, dy, from, grad_x + pixel, total, maps);
-        v += kPixels / 2;
-      } else {
-        backward_pixels<S, 1>(p, weight, seen, dy, from, grad_x + pixel, total, maps);
-        v += 1;
-      }
-    }
-  }
-}
 
 // Adds the pixels of rows of dy to totals [channels].
 template <typename S>
@@ -138,26 +54,136 @@ void backward_row_3x3(const GroupedProblem& p, TapMajor<const Compute<S>> weight
   }
 }
 
-template <typename S>
-void backward_row(const GroupedProblem& p, TapMajor<const Compute<S>> weight, const Lattices& lattices, const S* grad_y,
-                  const S* x, S* grad_x, int64_t i, TapMajor<Compute<S>> total, Maps maps) {
-  if (has_nhwc_3x3(p)) {
-    // The rows of dy that the rows of taps 2, 2 - stride, ... lead to, without those outside.
-    int64_t tap_row = 2 - (i + p.pad_h) % p.stride_h, rows = tap_row / p.stride_h + 1;
-    int64_t h = (i + p.pad_h - tap_row) / p.stride_h;
-    for (; h < 0; ++h) tap_row -= p.stride_h, rows -= 1;
-    rows = least(rows, p.out_h - h);
-    if (p.stride_h == 1 && (rows == 3 || rows == 2)) {
-      return backward_row_3x3<S, 1>(p, weight, grad_y, x, grad_x, i, h, rows, tap_row, total, maps);
-    }
-    if (p.stride_h == 2 && (rows == 2 || rows == 1)) {
-      return backward_row_3x3<S, 2>(p, weight, grad_y, x, grad_x, i, h, rows, tap_row, total, maps);
-    }
+// Zeros that pixels of dx meet before the first and behind the last pixel of a row of dy.
+int64_t zeros_before(const Lattices& lattices, const GroupedProblem& p) {
+  int64_t zeros = 0;
+  for (int64_t f = 0; f < p.stride_w; ++f) zeros = most(zeros, -lattices.columns[f].first_dy);
+  return zeros;
+}
+int64_t zeros_behind(const Lattices& lattices, const GroupedProblem& p) {
+  int64_t zeros = 0;
+  for (int64_t f = 0; f < p.stride_w; ++f) {
+    const LatticeTaps& columns = lattices.columns[f];
+    const int64_t pixels = most(kLeastTile, ceil_div(p.in_w - f, p.stride_w));
+    zeros = most(zeros, pixels - 1 + columns.first_dy + (columns.count - 1) * columns.shift + 1 - p.out_w);
   }
-  backward_row_by_taps(p, weight, lattices, grad_y, x, grad_x, i, total, maps);
+  return zeros;
+}
+
+// Rows of x whose data, with that of dy, fit a strip.
+template <typename S>
+int64_t strip_of(const GroupedProblem& p) {
+  const int64_t row = (p.in_w + p.out_w / p.stride_h) * p.channels * static_cast<int64_t>(sizeof(S));
+  return most(1, least(kStripBytes / row, kStripTerms / p.in_w));
 }
 
 }  // namespace
+
+template <typename S>
+NhwcBackward<S>::NhwcBackward(const GroupedProblem& p, bool need_input, bool need_weight)
+    : p_(p),
+      need_input_(need_input),
+      need_weight_(need_weight),
+      lattices_(p),
+      strip_(strip_of<S>(p)),
+      left_(zeros_before(lattices_, p)),
+      x_(1, p.pad_w, p.in_w, (p.out_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1),
+      dy_(least(p.out_h, (p.kernel_h - 1) * p.dilation_h / p.stride_h + 1), left_, p.out_w,
+          left_ + p.out_w + zeros_behind(lattices_, p)),
+      output_(most(kLeastTile, ceil_div(p.in_w, p.stride_w))),
+      met_(p.kernel_h) {}
+
+template <typename S>
+void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i,
+                                int64_t rows, TapMajor<T> total, Maps maps) {
+  constexpr int64_t kLane = kLanes<T>;
+  const int64_t x_pitch = p_.in_w * p_.channels, y_pitch = p_.out_w * p_.channels;
+  const int64_t reach = (p_.kernel_h - 1) * p_.dilation_h;
+  // The last row of dy that a row of x, and all rows before it, may meet.
+  const auto last_met = [&](int64_t row) { return least(p_.out_h - 1, (row + p_.pad_h) / p_.stride_h); };
+  const bool fetched = maps != Maps::kCached;
+  Next<S> next_x{x + (i + rows) * x_pitch, fetched ? 1 : 0};
+  Next<S> next_dx{need_input_ ? grad_x + (i + rows) * x_pitch : nullptr, need_input_ && maps == Maps::kMemory ? 1 : 0};
+  Next<S> next_dy{grad_y + (last_met(i + rows - 1) + 1) * y_pitch, fetched ? 1 : 0};
+  for (int64_t c = 0; c < p_.channels; c += kLane) {
+    const int64_t count = least(kLane, p_.channels - c);
+    for (int64_t row = i, taken = 0; row < i + rows; ++row) {
+      const LatticeTaps& taps = lattices_.rows[row % p_.stride_h];
+      const int64_t h = row / p_.stride_h + taps.first_dy;
+      int64_t top, bottom;
+      clip(h, taps.shift, p_.out_h, taps.count, &top, &bottom);
+      taken = most(taken, ceil_div(row + p_.pad_h - reach, p_.stride_h));
+      for (; taken <= last_met(row); ++taken) dy_.take(taken, grad_y + taken * y_pitch + c, p_.channels, count);
+      for (int64_t a = top; a < bottom; ++a) met_[a - top] = dy_.row(h + a * taps.shift);
+      const int64_t first_tap = (taps.last - top * taps.step) * p_.kernel_w;  // of the rows that are met
+      for (int64_t f = 0; need_input_ && f < p_.stride_w; ++f) {
+        const LatticeTaps& columns = lattices_.columns[f];
+        const Tiles<T> tiles(ceil_div(p_.in_w - f, p_.stride_w), 1, columns.shift);
+        const TileTaps<T> met{met_.data(),
+                              bottom - top,
+                              columns.count,
+                              1,
+                              columns.shift,
+                              weight.at(first_tap + columns.last, c),
+                              -taps.step * p_.kernel_w * weight.step,
+                              -columns.step * weight.step};
+        output_.write(tiles, grad_x + row * x_pitch + f * p_.channels + c, p_.stride_w * p_.channels, count,
+                      maps == Maps::kAround, [&](int64_t v, T* to, int64_t to_step, bool around) {
+                        tiles.correlate(met, (v + columns.first_dy + left_) * kLane, Vec<T>{}, to, to_step, around);
+                        next_x.fetch(tiles.pixels), next_dx.fetch(tiles.pixels);
+                      });
+      }
+      if (need_weight_ && bottom > top) {
+        x_.take(0, x + row * x_pitch + c, p_.channels, count);
+        const auto add = p_.dilation_w > 1 || p_.stride_w > 2 ? add_row_products<T, 0>
+                         : p_.stride_w == 1                   ? add_row_products<T, 1>
+                                                              : add_row_products<T, 2>;
+        for (int64_t a = top; a < bottom; ++a) {
+          add(x_.row(0), met_[a - top] + left_ * kLane, p_.out_w, p_.stride_w, p_.dilation_w, p_.kernel_w,
+              total.at((taps.last - a * taps.step) * p_.kernel_w, c), total.step);
+        }
+      }
+      if (row % p_.stride_h == 0) next_dy.fetch(p_.out_w);
+      if (!need_input_) next_x.fetch(p_.in_w);
+    }
+  }
+}
+
+// One row of x; false if that takes another way.
+template <typename S>
+bool NhwcBackward<S>::run_3x3(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i,
+                              TapMajor<T> total, Maps maps) {
+  // The rows of dy that the rows of taps 2, 2 - stride, ... lead to, without those outside.
+  int64_t tap_row = 2 - (i + p_.pad_h) % p_.stride_h, rows = tap_row / p_.stride_h + 1;
+  int64_t h = (i + p_.pad_h - tap_row) / p_.stride_h;
+  for (; h < 0; ++h) tap_row -= p_.stride_h, rows -= 1;
+  rows = least(rows, p_.out_h - h);
+  const auto run = [&](auto stride) {
+    backward_row_3x3<S, decltype(stride)::value>(p_, weight, grad_y, x, grad_x, i, h, rows, tap_row, total, maps);
+    return true;
+  };
+  if (p_.stride_h == 1 && (rows == 3 || rows == 2)) return run(std::integral_constant<int, 1>{});
+  if (p_.stride_h == 2 && (rows == 2 || rows == 1)) return run(std::integral_constant<int, 2>{});
+  return false;
+}
+
+template <typename S>
+void NhwcBackward<S>::run(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i, int64_t rows,
+                          TapMajor<T> total, Maps maps) {
+  const bool is_3x3 = has_nhwc_3x3(p_) && need_input_;
+  for (const int64_t end = i + rows; i < end;) {
+    if (is_3x3 && run_3x3(weight, grad_y, x, grad_x, i, total, maps)) {
+      i += 1;
+      continue;
+    }
+    const int64_t done = is_3x3 ? 1 : least(strip_, end - i);
+    run_strip(weight, grad_y, x, grad_x, i, done, total, maps);
+    i += done;
+  }
+}
+
+template class NhwcBackward<float>;
+template class NhwcBackward<double>;
 
 template <typename S>
 void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x,
@@ -165,9 +191,8 @@ void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* 
                              int64_t end) {
   using T = Compute<S>;
   const OwnTaps<S> taps(p, weight);
-  const Lattices lattices(p);
+  NhwcBackward<S> backward(p, grad_x != nullptr, need_weight);
   OwnTaps<S> total(p);
-  Scratch<S> unwanted(grad_x == nullptr ? p.in_size() * p.channels : 0);  // where dx goes when nobody wants it
   const int64_t rows = p.batch * p.in_h, out_rows = p.batch * p.out_h, strip = most(1, kStripTerms / p.in_w);
   const Maps maps = grad_x != nullptr ? maps_of(p, grad_x, p.batch * p.in_size()) : Maps::kMemory;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -177,13 +202,14 @@ void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* 
       add_rows(p, grad_y, sums + p.taps() * p.channels, out_rows * chunk / chunks, out_rows * (chunk + 1) / chunks);
     }
     if (grad_x == nullptr && !need_weight) continue;
-    const int64_t first = rows * chunk / chunks, last = rows * (chunk + 1) / chunks;
-    for (int64_t row = first; row < last; ++row) {
-      const int64_t n = row / p.in_h, image = n * p.in_size() * p.channels;
-      S* dx = grad_x != nullptr ? grad_x + image : unwanted.data();
-      const S* dy = grad_y + n * p.out_size() * p.channels;
-      backward_row<S>(p, taps.view(), lattices, dy, x + image, dx, row % p.in_h, total.view(), maps);
-      if ((row - first + 1) % strip != 0 && row + 1 < last) continue;
+    const int64_t last = rows * (chunk + 1) / chunks;
+    for (int64_t row = rows * chunk / chunks; row < last;) {
+      const int64_t n = row / p.in_h, i = row % p.in_h, image = n * p.in_size() * p.channels;
+      const int64_t some = least(least(strip, last - row), p.in_h - i);
+      backward.run(taps.view(), grad_y + n * p.out_size() * p.channels, x + image,
+                   grad_x != nullptr ? grad_x + image : nullptr, i, some, total.view(), maps);
+      row += some;
+      if (!need_weight) continue;
       for (int64_t t = 0; t < p.taps(); ++t) {
         const T* from = total.view().at(t, 0);
         for (int64_t c = 0; c < p.channels; ++c) sums[t * p.channels + c] += static_cast<double>(from[c]);
@@ -194,20 +220,9 @@ void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* 
   if (maps == Maps::kAround) end_streams();
 }
 
-template <typename T>
-void nhwc_backward_image(const GroupedProblem& p, TapMajor<const T> weight, const Lattices& lattices, const T* grad_y,
-                         const T* x, T* grad_x, TapMajor<T> total) {
-  for (int64_t i = 0; i < p.in_h; ++i) backward_row<T>(p, weight, lattices, grad_y, x, grad_x, i, total, Maps::kCached);
-}
-
-template void nhwc_backward_image<float>(const GroupedProblem&, TapMajor<const float>, const Lattices&, const float*,
-                                         const float*, float*, TapMajor<float>);
-template void nhwc_backward_image<double>(const GroupedProblem&, TapMajor<const double>, const Lattices&, const double*,
-                                          const double*, double*, TapMajor<double>);
-
 template <typename S>
-void depthwise_nhwc_reduce(const GroupedProblem& p, double* totals, int64_t chunks, S* grad_weight, S* grad_bias,
-                           int64_t begin, int64_t end) {
+void depthwise_nhwc_reduce(const GroupedProblem& p, const S* grad_y, const S* x, double* totals, int64_t chunks,
+                           S* grad_weight, S* grad_bias, int64_t begin, int64_t end) {
   const int64_t size = (p.taps() + 1) * p.channels;
   for (int64_t t = grad_weight != nullptr ? 0 : p.taps(); t < p.taps() + (grad_bias != nullptr ? 1 : 0); ++t) {
     double* sums = totals + t * p.channels;
@@ -218,6 +233,11 @@ void depthwise_nhwc_reduce(const GroupedProblem& p, double* totals, int64_t chun
     S* to = t < p.taps() ? grad_weight + t : grad_bias;
     const int64_t step = t < p.taps() ? p.taps() : 1;
     for (int64_t c = begin; c < end; ++c) store_one(to + c * step, static_cast<Compute<S>>(sums[c]));
+  }
+  for (int64_t c = begin; grad_weight != nullptr && c < end; ++c) {
+    bool finite = true;
+    for (int64_t t = 0; t < p.taps(); ++t) finite = finite && is_finite(totals[t * p.channels + c]);
+    if (!finite) exact_weight_gradient(p, true, grad_y, x, c, c, grad_weight + c * p.taps());
   }
 }
 

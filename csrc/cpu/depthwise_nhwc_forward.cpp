@@ -8,71 +8,6 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-// PIXELS outputs of one row and one vector of channels; `x` is what tap (0, 0) of the first one sees.
-template <typename S, int PIXELS, bool FULL>
-inline void correlate(const GroupedProblem& p, TapMajor<const Compute<S>> weight, const Window& window, int64_t c,
-                      const S* bias, const S* x, S* y, Maps maps) {
-  using T = Compute<S>;
-  const int64_t count = p.channels - c;
-  Vec<T> sum[PIXELS];
-  const Vec<T> start = bias != nullptr ? load_channels<FULL>(bias + c, count) : Vec<T>{};
-#pragma GCC unroll 8
-  for (int n = 0; n < PIXELS; ++n) sum[n] = start;
-  for (int64_t a = window.top; a < window.bottom; ++a) {
-    for (int64_t b = window.left; b < window.right; ++b) {
-      const Vec<T> w = in_register(load(weight.at(a * p.kernel_w + b, c)));
-      const S* from = x + (a * p.dilation_h * p.in_w + b * p.dilation_w) * p.channels + c;
-#pragma GCC unroll 8
-      for (int n = 0; n < PIXELS; ++n) {
-        sum[n] += w * load_channels<FULL>(from + n * p.stride_w * p.channels, count);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int n = 0; n < PIXELS; ++n) store_channels<FULL>(y + n * p.channels + c, sum[n], count, maps);
-}
-
-template <typename S, int PIXELS>
-void forward_pixels(const GroupedProblem& p, TapMajor<const Compute<S>> weight, const Window& window, const S* bias,
-                    const S* x, S* y, Maps maps) {
-  int64_t c = 0;
-  for (; c + kLanes<Compute<S>> <= p.channels; c += kLanes<Compute<S>>) {
-    correlate<S, PIXELS, true>(p, weight, window, c, bias, x, y, maps);
-  }
-  if (c < p.channels) correlate<S, PIXELS, false>(p, weight, window, c, bias, x, y, maps);
-}
-
-template <typename S>
-void forward_row(const GroupedProblem& p, TapMajor<const Compute<S>> weight, const S* x, const S* bias, S* y, int64_t i,
-                 Maps maps) {
-  const int64_t h = i * p.stride_h - p.pad_h;
-  Window window{};
-  clip(h, p.dilation_h, p.in_h, p.kernel_h, &window.top, &window.bottom);
-  const int64_t inside = p.in_w - (p.kernel_w - 1) * p.dilation_w;  // columns from which the whole kernel fits
-  const int64_t next = ((p.kernel_h - 1) * p.dilation_h + 1) * p.in_w * p.channels;
-  for (int64_t j = 0; j < p.out_w;) {
-    const int64_t w = j * p.stride_w - p.pad_w;
-    const S* from = x + (h * p.in_w + w) * p.channels;
-    S* to = y + (i * p.out_w + j) * p.channels;
-    const int64_t fitting = w < 0 ? 0 : least(p.out_w - j, ceil_div(inside - w, p.stride_w));
-    for (int64_t r = 0; maps != Maps::kCached && r < p.stride_h;
-         ++r) {  // of the rows that the next output row needs and this one does not
-      prefetch(from + next + r * p.in_w * p.channels, (fitting >= kPixels ? kPixels : 1) * p.stride_w * p.channels);
-    }
-    clip(w, p.dilation_w, p.in_w, p.kernel_w, &window.left, &window.right);
-    if (fitting >= kPixels) {
-      forward_pixels<S, kPixels>(p, weight, window, bias, from, to, maps);
-      j += kPixels;
-    } else if (fitting >= kPixels / 2) {
-      forward_pixels<S, kPixels / 2>(p, weight, window, bias, from, to, maps);
-      j += kPixels / 2;
-    } else {
-      forward_pixels<S, 1>(p, weight, window, bias, from, to, maps);
-      j += 1;
-    }
-  }
-}
-
 // Rows of y from row i on, `rows` of them, 1 or 2, from `met` rows of x, of which the first meets the row of taps
 // `top`.
 template <typename S>
@@ -100,46 +35,97 @@ void forward_rows_3x3(const GroupedProblem& p, TapMajor<const Compute<S>> weight
   }
 }
 
-// As many rows of y from row i on as are computed together, at most `most_rows`; how many.
-template <typename S>
-int64_t forward_rows(const GroupedProblem& p, TapMajor<const Compute<S>> weight, const S* x, const S* bias, S* y,
-                     int64_t i, int64_t most_rows, Maps maps) {
-  if (has_nhwc_3x3(p)) {
-    const int64_t h = i * p.stride_h - p.pad_h, top = h < 0 ? 1 : 0, met = least(3, p.in_h - h) - top;
-    const bool two = kVectorRegisters == 32 && p.stride_h == 1 && most_rows >= 2 && h >= 0 && h + 4 <= p.in_h;
-    if (met >= 2) {
-      forward_rows_3x3(p, weight, x, bias, y, i, two ? 2 : 1, two ? 4 : met, top, maps);
-      return two ? 2 : 1;
-    }
-  }
-  forward_row(p, weight, x, bias, y, i, maps);
-  return 1;
-}
+// Rows of x that a row of y may meet, those between the taps too.
+int64_t span_of(const GroupedProblem& p) { return (p.kernel_h - 1) * p.dilation_h + 1; }
 
 }  // namespace
+
+template <typename S>
+NhwcForward<S>::NhwcForward(const GroupedProblem& p)
+    : p_(p),
+      strip_(most(1, kStripBytes / (p.stride_h * p.in_w * p.channels * static_cast<int64_t>(sizeof(S))))),
+      tiles_(p.out_w, p.stride_w, p.dilation_w),
+      x_(least(span_of(p), p.in_h), p.pad_w, p.in_w,
+         (tiles_.padded() - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1),
+      output_(tiles_.padded()),
+      met_(p.kernel_h) {}
+
+template <typename S>
+void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows,
+                               Maps maps) {
+  const int64_t x_pitch = p_.in_w * p_.channels, y_pitch = p_.out_w * p_.channels;
+  const int64_t after = least(p_.in_h, (i + rows - 1) * p_.stride_h - p_.pad_h + span_of(p_));
+  Next<S> next_x{x + after * x_pitch, maps == Maps::kCached ? 0 : p_.stride_h * p_.stride_w};
+  Next<S> next_y{y + (i + rows) * y_pitch, maps == Maps::kMemory ? 1 : 0};
+  for (int64_t c = 0; c < p_.channels; c += kLanes<T>) {
+    const int64_t count = least(kLanes<T>, p_.channels - c);
+    const Vec<T> start = bias != nullptr ? load_lanes(bias + c, count) : Vec<T>{};
+    for (int64_t row = i, taken = 0; row < i + rows; ++row) {
+      const int64_t h = row * p_.stride_h - p_.pad_h;
+      int64_t top, bottom;
+      clip(h, p_.dilation_h, p_.in_h, p_.kernel_h, &top, &bottom);
+      for (taken = most(taken, h); taken < least(p_.in_h, h + span_of(p_)); ++taken) {
+        x_.take(taken, x + taken * x_pitch + c, p_.channels, count);
+      }
+      for (int64_t a = top; a < bottom; ++a) met_[a - top] = x_.row(h + a * p_.dilation_h);
+      const TileTaps<T> taps{met_.data(),
+                             bottom - top,
+                             p_.kernel_w,
+                             p_.stride_w,
+                             p_.dilation_w,
+                             weight.at(top * p_.kernel_w, c),
+                             p_.kernel_w * weight.step,
+                             weight.step};
+      output_.write(tiles_, y + row * y_pitch + c, p_.channels, count, maps == Maps::kAround,
+                    [&](int64_t j, T* to, int64_t to_step, bool around) {
+                      tiles_.correlate(taps, j * p_.stride_w * kLanes<T>, start, to, to_step, around);
+                      next_x.fetch(tiles_.pixels), next_y.fetch(tiles_.pixels);
+                    });
+    }
+  }
+}
+
+// As many rows of y from row i on as are computed together, at most `most_rows`; how many, possibly none.
+template <typename S>
+int64_t NhwcForward<S>::run_3x3(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t most_rows,
+                                Maps maps) {
+  const int64_t h = i * p_.stride_h - p_.pad_h, top = h < 0 ? 1 : 0, met = least(3, p_.in_h - h) - top;
+  if (met < 2) return 0;
+  const bool two = kVectorRegisters == 32 && p_.stride_h == 1 && most_rows >= 2 && h >= 0 && h + 4 <= p_.in_h;
+  forward_rows_3x3(p_, weight, x, bias, y, i, two ? 2 : 1, two ? 4 : met, top, maps);
+  return two ? 2 : 1;
+}
+
+template <typename S>
+void NhwcForward<S>::run(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows,
+                         Maps maps) {
+  const bool is_3x3 = has_nhwc_3x3(p_);
+  for (const int64_t end = i + rows; i < end;) {
+    int64_t done = is_3x3 ? run_3x3(weight, x, bias, y, i, end - i, maps) : 0;
+    if (done == 0) {
+      done = is_3x3 ? 1 : least(strip_, end - i);
+      run_strip(weight, x, bias, y, i, done, maps);
+    }
+    i += done;
+  }
+}
+
+template class NhwcForward<float>;
+template class NhwcForward<double>;
 
 template <typename S>
 void depthwise_nhwc_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                             int64_t end) {
   const OwnTaps<S> taps(p, weight);
+  NhwcForward<S> forward(p);
   const Maps maps = maps_of(p, y, p.batch * p.out_size());
-  for (int64_t row = begin; row < end;) {
-    const int64_t n = row / p.out_h, i = row % p.out_h;
-    row += forward_rows<S>(p, taps.view(), x + n * p.in_size() * p.channels, bias, y + n * p.out_size() * p.channels, i,
-                           least(end - row, p.out_h - i), maps);
+  while (begin < end) {
+    const int64_t n = begin / p.out_h, i = begin % p.out_h, rows = least(end - begin, p.out_h - i);
+    forward.run(taps.view(), x + n * p.in_size() * p.channels, bias, y + n * p.out_size() * p.channels, i, rows, maps);
+    begin += rows;
   }
   if (maps == Maps::kAround) end_streams();
 }
-
-template <typename T>
-void nhwc_forward_image(const GroupedProblem& p, TapMajor<const T> weight, const T* bias, const T* x, T* y) {
-  for (int64_t i = 0; i < p.out_h;) i += forward_rows<T>(p, weight, x, bias, y, i, p.out_h - i, Maps::kCached);
-}
-
-template void nhwc_forward_image<float>(const GroupedProblem&, TapMajor<const float>, const float*, const float*,
-                                        float*);
-template void nhwc_forward_image<double>(const GroupedProblem&, TapMajor<const double>, const double*, const double*,
-                                         double*);
 
 REFCONV_INSTANTIATE_DEPTHWISE_NHWC_FORWARD(float)
 REFCONV_INSTANTIATE_DEPTHWISE_NHWC_FORWARD(double)

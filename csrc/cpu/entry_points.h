@@ -24,8 +24,8 @@ void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* 
                              int64_t end);
 
 template <typename S>
-void depthwise_nhwc_reduce(const GroupedProblem& p, double* totals, int64_t chunks, S* grad_weight, S* grad_bias,
-                           int64_t begin, int64_t end);
+void depthwise_nhwc_reduce(const GroupedProblem& p, const S* grad_y, const S* x, double* totals, int64_t chunks,
+                           S* grad_weight, S* grad_bias, int64_t begin, int64_t end);
 
 template <typename S>
 void refocus_forward(const RefocusProblem& p, const S* basis, const S* refocus, S* transformed, int64_t begin,
@@ -56,10 +56,11 @@ void folded_adam(const FoldedAdamProblem& p, const T* first, const T* root, cons
 #define REFCONV_INSTANTIATE_DEPTHWISE_NHWC_FORWARD(S) \
   template void depthwise_nhwc_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);
 
-#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC_BACKWARD(S)                                                                \
-  template void depthwise_nhwc_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, double*, int64_t, \
-                                           bool, bool, int64_t, int64_t);                                             \
-  template void depthwise_nhwc_reduce<S>(const GroupedProblem&, double*, int64_t, S*, S*, int64_t, int64_t);
+#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC_BACKWARD(S)                                                                 \
+  template void depthwise_nhwc_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, double*, int64_t,  \
+                                           bool, bool, int64_t, int64_t);                                              \
+  template void depthwise_nhwc_reduce<S>(const GroupedProblem&, const S*, const S*, double*, int64_t, S*, S*, int64_t, \
+                                         int64_t);
 
 #define REFCONV_INSTANTIATE_REFOCUS(S)                                                               \
   template void refocus_forward<S>(const RefocusProblem&, const S*, const S*, S*, int64_t, int64_t); \

@@ -97,7 +97,7 @@ void backward_planes(const GroupedProblem& p, const S* grad_y, const S* x, const
         finite = finite && is_finite(sum);
         store_one(to + tap, static_cast<T>(sum));
       }
-      if (!finite) exact_weight_gradient(p, grad_y, x, out_channel, channel, to);
+      if (!finite) exact_weight_gradient(p, false, grad_y, x, out_channel, channel, to);
     }
   }
   end_streams();

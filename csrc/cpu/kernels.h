@@ -31,8 +31,8 @@ struct GroupedKernels {
   void (*nhwc_backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
                         int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end);
   // Tasks: the channels. Adds up the chunks of totals, in the first of them. Either output may be null.
-  void (*nhwc_reduce)(const GroupedProblem&, double* totals, int64_t chunks, S* grad_weight, S* grad_bias,
-                      int64_t begin, int64_t end);
+  void (*nhwc_reduce)(const GroupedProblem&, const S* grad_y, const S* x, double* totals, int64_t chunks,
+                      S* grad_weight, S* grad_bias, int64_t begin, int64_t end);
 };
 
 template <typename S>

@@ -16,7 +16,8 @@ class ImageMaps {
  public:
   ImageMaps(const GroupedProblem& p, bool backward)
       : p_(of_lanes(p)),
-        lattices_(p_),
+        forward_(p_),
+        backward_(p_, true, true),
         x_(p.in_size() * kLane),
         y_(p.out_size() * kLane),
         dx_(backward ? p.in_size() * kLane : 0) {}
@@ -28,11 +29,11 @@ class ImageMaps {
 
   // y; the bias is one vector.
   void forward(TapMajor<const T> weight, const T* bias) {
-    nhwc_forward_image<T>(p_, weight, bias, x_.data(), y_.data());
+    forward_.run(weight, x_.data(), bias, y_.data(), 0, p_.out_h, Maps::kCached);
   }
   // dx, where y is dy; adds to the sums of dW.
   void backward(TapMajor<const T> weight, TapMajor<T> total) {
-    nhwc_backward_image<T>(p_, weight, lattices_, y_.data(), x_.data(), dx_.data(), total);
+    backward_.run(weight, y_.data(), x_.data(), dx_.data(), 0, p_.in_h, total, Maps::kCached);
   }
 
  private:
@@ -43,7 +44,8 @@ class ImageMaps {
   }
 
   const GroupedProblem p_;
-  const Lattices lattices_;
+  NhwcForward<T> forward_;
+  NhwcBackward<T> backward_;
   Scratch<T> x_, y_, dx_;
 };
 

@@ -130,7 +130,7 @@ void backward_blocks(const GroupedProblem& p, const S* grad_y, const S* x, const
         finite = finite && is_finite(total[t * kLane + r]);
         store_one(to + t, static_cast<T>(total[t * kLane + r]));
       }
-      if (!finite) exact_weight_gradient(p, grad_y, x, begin + r, begin + r, to);
+      if (!finite) exact_weight_gradient(p, false, grad_y, x, begin + r, begin + r, to);
     }
   }
   if (streamed) end_streams();

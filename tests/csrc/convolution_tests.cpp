@@ -133,7 +133,8 @@ void test_nhwc(const refconv::cpu::GroupedKernels<T>& kernels, const std::string
     }
     Buffer<T> got_dw = poisoned_buffer<T>(p.channels * p.taps()), got_db = poisoned_buffer<T>(p.channels);
     for (const auto& [begin, end] : {std::pair{int64_t{0}, p.channels / 2}, std::pair{p.channels / 2, p.channels}}) {
-      kernels.nhwc_reduce(p, totals.get(), chunks, got_dw.get(), wanted ? got_db.get() : nullptr, begin, end);
+      kernels.nhwc_reduce(p, dy_last.get(), x_last.get(), totals.get(), chunks, got_dw.get(),
+                          wanted ? got_db.get() : nullptr, begin, end);
     }
     if (wanted) expect_close("dx " + name, got.get(), want_dx, p.taps());
     expect_close("dW " + name, got_dw.get(), want.dw, p.batch * p.out_size());
@@ -239,8 +240,8 @@ void test_nhwc_all(const refconv::cpu::InstructionSet& set) {
       }
     }
   }
-  for (const int64_t width : {1, 3, 4, 5, 7, 8, 9, 16, 17, 27}) {  // straddle the pixels at once
-    for (const int64_t kernel : {1, 2, 5, 7}) {
+  for (const int64_t width : {1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 16, 17, 27}) {  // tiles of all sizes, one to four
+    for (const int64_t kernel : {1, 2, 4, 5, 6, 7, 9}) {
       test_nhwc(kernels, isa, depthwise(5, 1, 6, width, kernel, kernel, 1, 1, kernel / 2, kernel / 2, 1, 1));
       test_nhwc(kernels, isa, depthwise(5, 1, 8, 2 * width, kernel, kernel, 2, 2, kernel / 2, kernel / 2, 1, 1));
     }
@@ -251,6 +252,12 @@ void test_nhwc_all(const refconv::cpu::InstructionSet& set) {
   test_nhwc(kernels, isa, depthwise(2, 1, 13, 14, 4, 6, 4, 6, 1, 2, 6, 4));
   test_nhwc(kernels, isa, depthwise(3, 1, 20, 40, 11, 31, 1, 1, 5, 15, 1, 1));
   test_nhwc(kernels, isa, depthwise(3, 1, 9, 1100, 3, 3, 1, 1, 1, 1, 1, 1));  // several strips of rows
+  for (const int64_t stride : {1, 2, 3}) {
+    for (const int64_t dilation : {1, 2}) {  // the same, several vectors, the last of them not full
+      test_nhwc(kernels, isa, depthwise(35, 1, 11, 210, 5, 5, stride, stride, 4, 3, dilation, dilation));
+      test_nhwc(kernels, isa, depthwise(64, 1, 40, 9, 7, 5, stride, stride, 3, 2, dilation, dilation));
+    }
+  }
 }
 
 // Outputs large enough to be written around the cache.
@@ -260,6 +267,8 @@ void test_large(const refconv::cpu::InstructionSet& set) {
   test_grouped(kernels, set.name, depthwise(4, 1, 512, 1040, 3, 3, 2, 2, 1, 1, 1, 1));  // whole lines
   test_grouped(kernels, set.name, depthwise(42801, 1, 7, 7, 2, 2, 1, 1, 1, 1, 1, 1));
   test_nhwc(kernels, set.name, depthwise(32, 1, 256, 260, 3, 3, 1, 1, 1, 1, 1, 1));
+  test_nhwc(kernels, set.name, depthwise(32, 1, 256, 260, 5, 5, 1, 1, 2, 2, 1, 1));
+  test_nhwc(kernels, set.name, depthwise(32, 1, 256, 260, 2, 2, 2, 2, 0, 0, 1, 1));
 }
 
 }  // namespace

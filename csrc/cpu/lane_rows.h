@@ -1,0 +1,235 @@
+// Rows of channels_last maps for loops that want neither edges nor types nor steps between pixels: one vector of
+// channels wide, converted to the compute type, one vector per pixel, with zeros on both sides. And these loops.
+#pragma once
+
+#include "elements.h"
+#include "scratch.h"
+#include "simd.h"
+
+namespace refconv::cpu::REFCONV_ISA {
+
+constexpr int kMostTile = kVectorRegisters == 32 ? 8 : 4;  // pixels computed together
+constexpr int kLeastTile = 4;                              // as many sums as keep the multiply-adds busy
+constexpr int kMostTaps = 7;                               // of a row, in one pass over a tile
+
+// The last few rows of a map, `rows` of them, each with `left` pixels of zeros before its `width` pixels and
+// `pitch` in all.
+template <typename T>
+class LaneRows {
+  static constexpr int64_t kLane = kLanes<T>;
+
+ public:
+  LaneRows(int64_t rows, int64_t left, int64_t width, int64_t pitch)
+      : rows_(rows), left_(left), width_(width), pitch_(most(pitch, left + width)), data_(rows * pitch_ * kLane) {}
+
+  // Row h, from the zeros on.
+  T* row(int64_t h) { return data_.data() + h % rows_ * pitch_ * kLane; }
+  // Row h, from its first pixel on.
+  T* pixels(int64_t h) { return row(h) + left_ * kLane; }
+
+  // Row h becomes what is in memory from `from` on, `channels` from pixel to pixel, of which `count` are wanted.
+  template <typename S>
+  void take(int64_t h, const S* from, int64_t channels, int64_t count) {
+    T* to = pixels(h);
+    if (count >= kLane) {
+      for (int64_t j = 0; j < width_; ++j) store(to + j * kLane, load(from + j * channels));
+    } else {
+      for (int64_t j = 0; j < width_; ++j) store(to + j * kLane, load_partial(from + j * channels, count));
+    }
+  }
+
+ private:
+  int64_t rows_, left_, width_, pitch_;
+  Scratch<T> data_;
+};
+
+// What every pixel of a tile meets: `row_count` rows, `columns` taps in each. In LaneRows, pixels of the tile are
+// `stride` apart, taps `dilation`; weights of a row lie `column_step` apart, rows of them `row_step`.
+template <typename T>
+struct TileTaps {
+  const T* const* rows;
+  int64_t row_count, columns, stride, dilation;
+  const T* weight;
+  int64_t row_step, column_step;
+};
+
+// Adds what TAPS neighbouring taps of one row add to the sums of a tile.
+template <typename T, int PIXELS, int STRIDE, int TAPS>
+REFCONV_INLINE void meet_taps(Vec<T> (&sum)[PIXELS], const T* from, const T* weight, int64_t step) {
+  constexpr int kSeen = (PIXELS - 1) * STRIDE + TAPS;
+  Vec<T> pixel[kSeen];
+#pragma GCC unroll 32
+  for (int k = 0; k < kSeen; ++k) pixel[k] = in_register(load(from + k * kLanes<T>));
+#pragma GCC unroll 8
+  for (int b = 0; b < TAPS; ++b) {
+    const Vec<T> w = in_register(load(weight + b * step));
+#pragma GCC unroll 8
+    for (int n = 0; n < PIXELS; ++n) sum[n] += w * pixel[n * STRIDE + b];
+  }
+}
+
+// PIXELS outputs, from `offset` in the rows on; STRIDE 0 is any stride and dilation. Each goes to `to`, `to_step`
+// after the one before.
+template <typename T, int PIXELS, int STRIDE>
+void correlate_tile(const TileTaps<T>& taps, int64_t offset, Vec<T> start, T* to, int64_t to_step, bool around) {
+  constexpr int64_t kLane = kLanes<T>;
+  Vec<T> sum[PIXELS];
+#pragma GCC unroll 8
+  for (int n = 0; n < PIXELS; ++n) sum[n] = start;
+  for (int64_t a = 0; a < taps.row_count; ++a) {
+    const T *from = taps.rows[a] + offset, *weight = taps.weight + a * taps.row_step;
+    if constexpr (STRIDE == 0) {
+      const int64_t tap_step = taps.dilation * kLane, pixel_step = taps.stride * kLane;
+      for (int64_t b = 0; b < taps.columns; ++b, from += tap_step, weight += taps.column_step) {
+        const Vec<T> w = in_register(load(weight));
+#pragma GCC unroll 8
+        for (int n = 0; n < PIXELS; ++n) sum[n] += w * load(from + n * pixel_step);
+      }
+    } else {
+      const int64_t step = taps.column_step;
+      int64_t left = taps.columns;
+      for (; left > kMostTaps; left -= kMostTaps, from += kMostTaps * kLane, weight += kMostTaps * step) {
+        meet_taps<T, PIXELS, STRIDE, kMostTaps>(sum, from, weight, step);
+      }
+      switch (left) {
+          // clang-format off
+        case 1: meet_taps<T, PIXELS, STRIDE, 1>(sum, from, weight, step); break;
+        case 2: meet_taps<T, PIXELS, STRIDE, 2>(sum, from, weight, step); break;
+        case 3: meet_taps<T, PIXELS, STRIDE, 3>(sum, from, weight, step); break;
+        case 4: meet_taps<T, PIXELS, STRIDE, 4>(sum, from, weight, step); break;
+        case 5: meet_taps<T, PIXELS, STRIDE, 5>(sum, from, weight, step); break;
+        case 6: meet_taps<T, PIXELS, STRIDE, 6>(sum, from, weight, step); break;
+        case 7: meet_taps<T, PIXELS, STRIDE, 7>(sum, from, weight, step); break;
+        default: break;
+          // clang-format on
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < PIXELS; ++n) {
+    around ? store_around_cache(to + n * to_step, sum[n]) : store(to + n * to_step, sum[n]);
+  }
+}
+
+// total[b] += the sum over j < width of dy[j] * x[j * stride + b * dilation], for TAPS neighbouring taps b, `step`
+// apart in total. STRIDE 0 is any stride and dilation.
+template <typename T, int STRIDE, int TAPS>
+void add_products(const T* x, const T* dy, int64_t width, int64_t stride, int64_t dilation, T* total, int64_t step) {
+  constexpr int64_t kLane = kLanes<T>;
+  constexpr int kTogether = STRIDE == 0 ? 1 : 4, kSeen = (kTogether - 1) * STRIDE + TAPS;
+  constexpr int kSums = TAPS < 4 ? 2 : 1;  // of each tap: one sum waits for the last multiply-add
+  Vec<T> sum[kSums][TAPS] = {};
+#pragma GCC unroll 8
+  for (int b = 0; b < TAPS; ++b) sum[0][b] = load(total + b * step);
+  const auto meet = [&](int64_t j, auto together) {
+    constexpr int kPixels = decltype(together)::value;
+    const T* from = x + j * stride * kLane;
+    Vec<T> pixel[kSeen];
+#pragma GCC unroll 16
+    for (int k = 0; k < (kPixels - 1) * STRIDE + TAPS; ++k) {
+      pixel[k] = in_register(load(from + k * (STRIDE == 0 ? dilation : 1) * kLane));
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < kPixels; ++n) {
+      const Vec<T> g = in_register(load(dy + (j + n) * kLane));
+#pragma GCC unroll 8
+      for (int b = 0; b < TAPS; ++b) sum[n % kSums][b] += pixel[n * STRIDE + b] * g;
+    }
+  };
+  int64_t j = 0;
+  for (; j + kTogether <= width; j += kTogether) meet(j, std::integral_constant<int, kTogether>{});
+  for (; j < width; ++j) meet(j, std::integral_constant<int, 1>{});
+#pragma GCC unroll 8
+  for (int b = 0; b < TAPS; ++b) store(total + b * step, kSums == 2 ? sum[0][b] + sum[kSums - 1][b] : sum[0][b]);
+}
+
+// The same for a row of `taps` taps.
+template <typename T, int STRIDE>
+void add_row_products(const T* x, const T* dy, int64_t width, int64_t stride, int64_t dilation, int64_t taps, T* total,
+                      int64_t step) {
+  for (; taps > kMostTaps; taps -= kMostTaps, x += kMostTaps * dilation * kLanes<T>, total += kMostTaps * step) {
+    add_products<T, STRIDE, kMostTaps>(x, dy, width, stride, dilation, total, step);
+  }
+  switch (taps) {
+      // clang-format off
+    case 1: return add_products<T, STRIDE, 1>(x, dy, width, stride, dilation, total, step);
+    case 2: return add_products<T, STRIDE, 2>(x, dy, width, stride, dilation, total, step);
+    case 3: return add_products<T, STRIDE, 3>(x, dy, width, stride, dilation, total, step);
+    case 4: return add_products<T, STRIDE, 4>(x, dy, width, stride, dilation, total, step);
+    case 5: return add_products<T, STRIDE, 5>(x, dy, width, stride, dilation, total, step);
+    case 6: return add_products<T, STRIDE, 6>(x, dy, width, stride, dilation, total, step);
+    default: return add_products<T, STRIDE, 7>(x, dy, width, stride, dilation, total, step);
+      // clang-format on
+  }
+}
+
+// The tiles of a row of `width` outputs: as few as can be, of equal size, the last of which may overlap the one before
+// (or end behind the row, if that is shorter than a tile can be).
+template <typename T>
+struct Tiles {
+  int64_t width, pixels;
+  void (*correlate)(const TileTaps<T>&, int64_t, Vec<T>, T*, int64_t, bool);
+
+  // Pixels `stride` apart meet taps `dilation` apart.
+  Tiles(int64_t row, int64_t stride, int64_t dilation)
+      : width(row), pixels(most(kLeastTile, ceil_div(row, most(1, ceil_div(row, kMostTile))))) {
+    const bool any = stride > 2 || dilation > 1;
+    correlate = any ? of_stride<0>() : stride == 1 ? of_stride<1>() : of_stride<2>();
+  }
+  bool overrun() const { return width < pixels; }
+  int64_t padded() const { return most(width, pixels); }
+
+  // Calls at(j) for the first output of every tile.
+  template <typename At>
+  REFCONV_INLINE void for_each(const At& at) const {
+    for (int64_t j = 0; width > 0; j = least(j + pixels, width - pixels)) {
+      at(j);
+      if (j + pixels >= width) break;
+    }
+  }
+
+ private:
+  template <int STRIDE>
+  auto of_stride() const {
+    auto chosen = correlate_tile<T, kLeastTile, STRIDE>;
+    if constexpr (kMostTile == 8) {
+      if (pixels == 5) chosen = correlate_tile<T, 5, STRIDE>;
+      if (pixels == 6) chosen = correlate_tile<T, 6, STRIDE>;
+      if (pixels == 7) chosen = correlate_tile<T, 7, STRIDE>;
+      if (pixels == 8) chosen = correlate_tile<T, 8, STRIDE>;
+    }
+    return chosen;
+  }
+};
+
+// Tiles are written to the map itself where its pixels are whole vectors of the compute type, otherwise by way of a
+// row of vectors.
+template <typename S>
+class TileOutput {
+  using T = Compute<S>;
+  static constexpr int64_t kLane = kLanes<T>;
+
+ public:
+  explicit TileOutput(int64_t pixels) : row_(pixels * kLane) {}
+
+  // A row of `tiles` to `to`, whose pixels are `step` apart and want `count` channels; tile(j, to, step, around)
+  // computes the one that begins with output j.
+  template <typename Tile>
+  REFCONV_INLINE void write(const Tiles<T>& tiles, S* to, int64_t step, int64_t count, bool around, const Tile& tile) {
+    if constexpr (sizeof(S) == sizeof(T)) {
+      if (count >= kLane && !tiles.overrun()) {
+        return tiles.for_each([&](int64_t j) { tile(j, to + j * step, step, around); });
+      }
+    }
+    tiles.for_each([&](int64_t j) { tile(j, row_.data() + j * kLane, kLane, false); });
+    for (int64_t j = 0; j < tiles.width; ++j) {
+      const Vec<T> v = load(row_.data() + j * kLane);
+      count >= kLane ? store(to + j * step, v) : store_partial(to + j * step, v, count);
+    }
+  }
+
+ private:
+  Scratch<T> row_;
+};
+
+}  // namespace refconv::cpu::REFCONV_ISA
