@@ -132,17 +132,25 @@ int64_t nhwc_chunks(const GroupedProblem& p) {
   return std::clamp<int64_t>(p.batch * p.in_size() / kPixels, 1, std::clamp<int64_t>(p.batch * p.in_h, 1, kMost));
 }
 
-// dx, dW and dbias on channels_last feature maps. Null where not wanted.
+// Parts of the batch in which small planes are turned, so that there are blocks of channels for many threads.
+int64_t turned_chunks(const GroupedProblem& p) {
+  constexpr int64_t kChannels = 1024, kPixels = 192;  // of all parts at least, and of each
+  const int64_t wanted = (kChannels + p.channels - 1) / p.channels;
+  return std::clamp<int64_t>(std::min(wanted, p.batch * p.in_size() / kPixels), 1, std::max<int64_t>(p.batch, 1));
+}
+
+// dx, dW and dbias on channels_last feature maps, or on small planes. Null where not wanted.
 template <typename S>
-void nhwc_backward(const GroupedProblem& p, const S* dy, const S* x, const S* w, S* dx, S* dw, S* db) {
-  const auto& kernels = grouped_kernels<S>(p, true);
-  const int64_t chunks = nhwc_chunks(p);
+void chunked_backward(const GroupedProblem& p, bool nhwc, const S* dy, const S* x, const S* w, S* dx, S* dw, S* db) {
+  const auto& kernels = grouped_kernels<S>(p, nhwc);
+  const auto kernel = nhwc ? kernels.nhwc_backward : kernels.turned_backward;
+  const int64_t chunks = nhwc ? nhwc_chunks(p) : turned_chunks(p), tasks = nhwc ? chunks : chunks * p.channels;
   const std::unique_ptr<double[]> totals(new double[static_cast<size_t>(chunks * (p.taps() + 1) * p.channels)]);
-  parallel(chunks, 2 * p.batch * p.in_size() / chunks * p.channels * p.taps(), [&](int64_t begin, int64_t end) {
-    kernels.nhwc_backward(p, dy, x, w, dx, totals.get(), chunks, dw != nullptr, db != nullptr, begin, end);
+  parallel(tasks, 2 * p.batch * p.in_size() * p.channels / tasks * p.taps(), [&](int64_t begin, int64_t end) {
+    kernel(p, dy, x, w, dx, totals.get(), chunks, dw != nullptr, db != nullptr, begin, end);
   });
   parallel(p.channels, chunks * (p.taps() + 1), [&](int64_t begin, int64_t end) {
-    kernels.nhwc_reduce(p, dy, x, totals.get(), chunks, dw, db, begin, end);
+    kernels.add_chunks(p, nhwc, dy, x, totals.get(), chunks, dw, db, begin, end);
   });
 }
 
@@ -165,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward(const Tensor& grad_ou
     S* dx = need_input ? mutable_data<S>(grad_input) : nullptr;
     S* dw = need_weight ? mutable_data<S>(grad_weight) : nullptr;
     S* db = need_bias ? mutable_data<S>(grad_bias) : nullptr;
-    if (nhwc) return nhwc_backward<S>(p, dy_data, x_data, w_data, dx, dw, db);
+    if (nhwc || cpu::has_turned_planes(p)) return chunked_backward<S>(p, nhwc, dy_data, x_data, w_data, dx, dw, db);
     const auto kernel = grouped_kernels<S>(p, false).backward;
     const int64_t work = 2 * p.batch * p.multiplier * p.out_size() * p.taps();
     parallel(p.channels, work,

@@ -7,7 +7,6 @@
 #include "depthwise_nhwc.h"
 #include "depthwise_nhwc_3x3.h"
 #include "entry_points.h"
-#include "exact_gradient.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
@@ -218,27 +217,6 @@ void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* 
     }
   }
   if (maps == Maps::kAround) end_streams();
-}
-
-template <typename S>
-void depthwise_nhwc_reduce(const GroupedProblem& p, const S* grad_y, const S* x, double* totals, int64_t chunks,
-                           S* grad_weight, S* grad_bias, int64_t begin, int64_t end) {
-  const int64_t size = (p.taps() + 1) * p.channels;
-  for (int64_t t = grad_weight != nullptr ? 0 : p.taps(); t < p.taps() + (grad_bias != nullptr ? 1 : 0); ++t) {
-    double* sums = totals + t * p.channels;
-    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-      const double* more = sums + chunk * size;
-      for (int64_t c = begin; c < end; ++c) sums[c] += more[c];
-    }
-    S* to = t < p.taps() ? grad_weight + t : grad_bias;
-    const int64_t step = t < p.taps() ? p.taps() : 1;
-    for (int64_t c = begin; c < end; ++c) store_one(to + c * step, static_cast<Compute<S>>(sums[c]));
-  }
-  for (int64_t c = begin; grad_weight != nullptr && c < end; ++c) {
-    bool finite = true;
-    for (int64_t t = 0; t < p.taps(); ++t) finite = finite && is_finite(totals[t * p.channels + c]);
-    if (!finite) exact_weight_gradient(p, true, grad_y, x, c, c, grad_weight + c * p.taps());
-  }
 }
 
 REFCONV_INSTANTIATE_DEPTHWISE_NHWC_BACKWARD(float)

@@ -1,5 +1,6 @@
-// The kernels of one instruction set: declared here, defined in grouped_*.cpp, depthwise_nhwc_*.cpp, refocus.cpp,
-// thin.cpp and folded_adam.cpp, collected into a Kernels table by table.cpp. All are compiled once per instruction set.
+// The kernels of one instruction set: declared here, defined in grouped_*.cpp, turned_planes.cpp, depthwise_nhwc_*.cpp,
+// add_chunks.cpp, refocus.cpp, thin.cpp and folded_adam.cpp, collected into a Kernels table by table.cpp. All are
+// compiled once per instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -23,9 +24,18 @@ void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* 
                              double* totals, int64_t chunks, bool need_weight, bool need_bias, int64_t begin,
                              int64_t end);
 
+// Of problems that has_turned_planes(): what grouped_forward is for them, and their backward.
 template <typename S>
-void depthwise_nhwc_reduce(const GroupedProblem& p, const S* grad_y, const S* x, double* totals, int64_t chunks,
-                           S* grad_weight, S* grad_bias, int64_t begin, int64_t end);
+void turned_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
+                    int64_t end);
+
+template <typename S>
+void turned_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
+                     int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end);
+
+template <typename S>
+void add_chunks(const GroupedProblem& p, bool nhwc, const S* grad_y, const S* x, double* totals, int64_t chunks,
+                S* grad_weight, S* grad_bias, int64_t begin, int64_t end);
 
 template <typename S>
 void refocus_forward(const RefocusProblem& p, const S* basis, const S* refocus, S* transformed, int64_t begin,
@@ -56,11 +66,18 @@ void folded_adam(const FoldedAdamProblem& p, const T* first, const T* root, cons
 #define REFCONV_INSTANTIATE_DEPTHWISE_NHWC_FORWARD(S) \
   template void depthwise_nhwc_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);
 
-#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC_BACKWARD(S)                                                                 \
-  template void depthwise_nhwc_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, double*, int64_t,  \
-                                           bool, bool, int64_t, int64_t);                                              \
-  template void depthwise_nhwc_reduce<S>(const GroupedProblem&, const S*, const S*, double*, int64_t, S*, S*, int64_t, \
-                                         int64_t);
+#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC_BACKWARD(S)                                                                \
+  template void depthwise_nhwc_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, double*, int64_t, \
+                                           bool, bool, int64_t, int64_t);
+
+#define REFCONV_INSTANTIATE_TURNED(S)                                                                               \
+  template void turned_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);       \
+  template void turned_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, double*, int64_t, bool, \
+                                   bool, int64_t, int64_t);
+
+#define REFCONV_INSTANTIATE_ADD_CHUNKS(S)                                                                         \
+  template void add_chunks<S>(const GroupedProblem&, bool, const S*, const S*, double*, int64_t, S*, S*, int64_t, \
+                              int64_t);
 
 #define REFCONV_INSTANTIATE_REFOCUS(S)                                                               \
   template void refocus_forward<S>(const RefocusProblem&, const S*, const S*, S*, int64_t, int64_t); \

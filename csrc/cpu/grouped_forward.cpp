@@ -14,7 +14,6 @@
 #include "scratch.h"
 #include "simd.h"
 #include "streaming.h"
-#include "turned_planes.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {

@@ -18,21 +18,25 @@ template <typename S>
 struct GroupedKernels {
   // Tasks: the batch * out_channels output planes. bias may be null.
   void (*forward)(const GroupedProblem&, const S* x, const S* weight, const S* bias, S* y, int64_t begin, int64_t end);
-  // Tasks: the input channels. Any of grad_x, grad_weight, grad_bias may be null.
+  // Tasks: the input channels. Any of grad_x, grad_weight, grad_bias may be null. Not for has_turned_planes().
   void (*backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
                    S* grad_bias, int64_t begin, int64_t end);
+  // Tasks: the channels, of `chunks` parts of the batch one after the other. grad_x may be null. Sets totals
+  // [chunks, taps + 1, channels]: the sums of dW and, at last, of dbias, anything where not needed. They depend on
+  // `chunks`, so that must not depend on the threads.
+  void (*turned_backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x,
+                          double* totals, int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end);
 
   // The same for channels_last feature maps, depthwise with multiplier 1.
   // Tasks: the batch * out_h output rows.
   void (*nhwc_forward)(const GroupedProblem&, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                        int64_t end);
-  // Tasks: `chunks` parts of the sums. grad_x may be null. Sets totals [chunks, taps + 1, channels]: the sums of dW
-  // and, at last, of dbias, zero where not needed. They depend on `chunks`, so that must not depend on the threads.
+  // Tasks: `chunks` parts of the rows of all images. Otherwise as turned_backward.
   void (*nhwc_backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
                         int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end);
   // Tasks: the channels. Adds up the chunks of totals, in the first of them. Either output may be null.
-  void (*nhwc_reduce)(const GroupedProblem&, const S* grad_y, const S* x, double* totals, int64_t chunks,
-                      S* grad_weight, S* grad_bias, int64_t begin, int64_t end);
+  void (*add_chunks)(const GroupedProblem&, bool nhwc, const S* grad_y, const S* x, double* totals, int64_t chunks,
+                     S* grad_weight, S* grad_bias, int64_t begin, int64_t end);
 };
 
 template <typename S>
@@ -126,8 +130,9 @@ template <> inline FoldedAdamKernel<double> Kernels::folded_adam() const { retur
 
 // Whether planes are so small that a block of channels is turned into the lanes of vectors (turned_planes.cpp).
 [[maybe_unused]] static bool has_turned_planes(const GroupedProblem& p) {
-  constexpr int64_t kMost = 400;  // pixels of x and y: the turned maps of a block of channels stay near the first cache
-  return p.per_group == 1 && p.multiplier == 1 && p.in_size() + p.out_size() <= kMost && !has_planes_3x3(p);
+  // Pixels of x and y. For a few taps, the turned maps of a block of channels should stay near the first cache.
+  const int64_t most = p.taps() >= 49 ? 6400 : 400;
+  return p.per_group == 1 && p.multiplier == 1 && p.in_size() + p.out_size() <= most && !has_planes_3x3(p);
 }
 
 struct InstructionSet {

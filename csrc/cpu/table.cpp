@@ -6,8 +6,8 @@ namespace {
 
 template <typename S>
 constexpr GroupedKernels<S> kGrouped = {
-    grouped_forward<S>,         grouped_backward<S>,      depthwise_nhwc_forward<S>,
-    depthwise_nhwc_backward<S>, depthwise_nhwc_reduce<S>,
+    grouped_forward<S>,        grouped_backward<S>,        turned_backward<S>,
+    depthwise_nhwc_forward<S>, depthwise_nhwc_backward<S>, add_chunks<S>,
 };
 
 template <typename S>

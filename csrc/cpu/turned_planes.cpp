@@ -3,12 +3,11 @@
 //
 // Rows of a few pixels leave lanes idle, and whatever is done per plane (copying, weights, sums over lanes) outweighs
 // its multiply-adds. Turned, a block of planes shares all of it, dW needs no sum over lanes, and a row has no tail.
-// Ownership: forward, planes; backward, channels over the whole batch. A lane sees its own channel only, so results do
-// not depend on the blocks. Accumulation: in the compute type; dW and dbias in double over a few hundred pixels.
-#include "turned_planes.h"
-
+// Ownership: forward, planes; backward, channels, with sums of dW and dbias over some of the images. A lane sees its
+// own channel only, so results do not depend on the blocks. Accumulation: in the compute type; dW and dbias in double
+// over a few hundred pixels.
 #include "elements.h"
-#include "exact_gradient.h"
+#include "entry_points.h"
 #include "scratch.h"
 #include "streaming.h"
 #include "turn.h"
@@ -94,43 +93,39 @@ void forward_blocks(const GroupedProblem& p, const S* x, const S* weight, const 
 }
 
 template <typename S, typename Maps>
-void backward_blocks(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
-                     S* grad_bias, int64_t begin, int64_t end) {
+void backward_blocks(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
+                     int64_t chunks, bool need_bias, int64_t begin, int64_t end) {
   using T = Compute<S>;
   constexpr int64_t kLane = kLanes<T>;
   const bool streamed = grad_x != nullptr && streams_planes<S>(p, p.in_size());
-  const int64_t size = (p.taps() + 1) * kLane;  // of the sums: those of dW, then dbias
+  const int64_t rows = p.taps() + 1;  // of the sums: those of dW, then dbias
   Block<S, Maps> block(p, true);
   Scratch<S> out(streamed ? kLane * p.in_size() : 0);
-  Scratch<T> lanes(size);
-  Scratch<double> total(size);
+  Scratch<T> lanes(rows * kLane);
   for (int64_t count; begin < end; begin += count) {
-    count = least(kLane, end - begin);
-    block.take_weight(weight + begin * p.taps(), nullptr, count);
-    total.clear();
+    const int64_t chunk = begin / p.channels, channel = begin % p.channels;
+    count = least(kLane, least(end - begin, p.channels - channel));
+    block.take_weight(weight + channel * p.taps(), nullptr, count);
+    double* sums = totals + chunk * rows * p.channels + channel;
+    for (int64_t t = 0; t < rows; ++t) {
+      for (int64_t r = 0; r < count; ++r) sums[t * p.channels + r] = 0;
+    }
+    const int64_t last = p.batch * (chunk + 1) / chunks;
     int64_t terms = 0;
-    for (int64_t n = 0; n < p.batch; ++n) {
-      const int64_t plane = n * p.channels + begin;
+    for (int64_t n = p.batch * chunk / chunks; n < last; ++n) {
+      const int64_t plane = n * p.channels + channel;
       S* target = grad_x != nullptr ? grad_x + plane * p.in_size() : nullptr;
       block.backward(grad_y + plane * p.out_size(), x + plane * p.in_size(), streamed ? out.data() : target, count,
                      n + 1 < p.batch ? p.channels : 0, !streamed, {lanes.data(), kLane},
-                     grad_bias != nullptr ? lanes.data() + p.taps() * kLane : nullptr);
+                     need_bias ? lanes.data() + p.taps() * kLane : nullptr);
       if (streamed) stream(target, out.data(), count * p.in_size());
       terms += p.out_size();
-      if (terms < kTermsInLanes && n + 1 < p.batch) continue;
+      if (terms < kTermsInLanes && n + 1 < last) continue;
       terms = 0;
-      for (int64_t k = 0; k < size; ++k) total[k] += static_cast<double>(lanes[k]);
-      lanes.clear();
-    }
-    for (int64_t r = 0; r < count; ++r) {
-      S* to = grad_weight + (begin + r) * p.taps();
-      bool finite = true;
-      if (grad_bias != nullptr) store_one(grad_bias + begin + r, static_cast<T>(total[p.taps() * kLane + r]));
-      for (int64_t t = 0; grad_weight != nullptr && t < p.taps(); ++t) {
-        finite = finite && is_finite(total[t * kLane + r]);
-        store_one(to + t, static_cast<T>(total[t * kLane + r]));
+      for (int64_t t = 0; t < rows; ++t) {
+        for (int64_t r = 0; r < count; ++r) sums[t * p.channels + r] += static_cast<double>(lanes[t * kLane + r]);
       }
-      if (!finite) exact_weight_gradient(p, false, grad_y, x, begin + r, begin + r, to);
+      lanes.clear();
     }
   }
   if (streamed) end_streams();
@@ -152,16 +147,13 @@ void turned_forward(const GroupedProblem& p, const S* x, const S* weight, const 
 }
 
 template <typename S>
-void turned_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
-                     S* grad_bias, int64_t begin, int64_t end) {
+void turned_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
+                     int64_t chunks, bool, bool need_bias, int64_t begin, int64_t end) {
   using T = Compute<S>;
   const auto run = is_tiny_3x3(p) ? backward_blocks<S, PaddedMaps<T>> : backward_blocks<S, ImageMaps<T>>;
-  run(p, grad_y, x, weight, grad_x, grad_weight, grad_bias, begin, end);
+  run(p, grad_y, x, weight, grad_x, totals, chunks, need_bias, begin, end);
 }
 
-#define REFCONV_INSTANTIATE_TURNED(S)                                                                         \
-  template void turned_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t); \
-  template void turned_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, S*, S*, int64_t, int64_t);
 REFCONV_INSTANTIATE_TURNED(float)
 REFCONV_INSTANTIATE_TURNED(double)
 REFCONV_INSTANTIATE_TURNED(BFloat16)

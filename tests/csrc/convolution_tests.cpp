@@ -81,12 +81,20 @@ void test_grouped(const refconv::cpu::GroupedKernels<T>& kernels, const std::str
   for (int wanted = 1; wanted < 8; ++wanted) {  // every combination of outputs
     Buffer<T> dx = poisoned_buffer<T>(x_size), dw = poisoned_buffer<T>(w_size);
     Buffer<T> db = poisoned_buffer<T>(p.out_channels());
-    const auto run = [&](int64_t begin, int64_t end) {
-      kernels.backward(p, dy.get(), x.get(), w.get(), wanted & 1 ? dx.get() : nullptr, wanted & 2 ? dw.get() : nullptr,
-                       wanted & 4 ? db.get() : nullptr, begin, end);
-    };
-    run(0, channel_cut);
-    run(channel_cut, p.channels);
+    T *to_dx = wanted & 1 ? dx.get() : nullptr, *to_dw = wanted & 2 ? dw.get() : nullptr;
+    T* to_db = wanted & 4 ? db.get() : nullptr;
+    if (refconv::cpu::has_turned_planes(p)) {
+      const int64_t chunks = wanted % 2 + 1, tasks = chunks * p.channels;
+      Buffer<double> totals = poisoned_buffer<double>(tasks * (p.taps() + 1));
+      for (const auto& [begin, end] : {std::pair{int64_t{0}, tasks / 3}, std::pair{tasks / 3, tasks}}) {
+        kernels.turned_backward(p, dy.get(), x.get(), w.get(), to_dx, totals.get(), chunks, to_dw != nullptr,
+                                to_db != nullptr, begin, end);
+      }
+      kernels.add_chunks(p, false, dy.get(), x.get(), totals.get(), chunks, to_dw, to_db, 0, p.channels);
+    } else {
+      kernels.backward(p, dy.get(), x.get(), w.get(), to_dx, to_dw, to_db, 0, channel_cut);
+      kernels.backward(p, dy.get(), x.get(), w.get(), to_dx, to_dw, to_db, channel_cut, p.channels);
+    }
     if (wanted & 1) expect_close("dx " + name, dx.get(), want.dx, p.taps() * p.multiplier);
     if (wanted & 2) expect_close("dW " + name, dw.get(), want.dw, p.batch * out_plane);
     if (wanted & 4) expect_close("dbias " + name, db.get(), want.db, p.batch * out_plane);
@@ -133,8 +141,8 @@ void test_nhwc(const refconv::cpu::GroupedKernels<T>& kernels, const std::string
     }
     Buffer<T> got_dw = poisoned_buffer<T>(p.channels * p.taps()), got_db = poisoned_buffer<T>(p.channels);
     for (const auto& [begin, end] : {std::pair{int64_t{0}, p.channels / 2}, std::pair{p.channels / 2, p.channels}}) {
-      kernels.nhwc_reduce(p, dy_last.get(), x_last.get(), totals.get(), chunks, got_dw.get(),
-                          wanted ? got_db.get() : nullptr, begin, end);
+      kernels.add_chunks(p, true, dy_last.get(), x_last.get(), totals.get(), chunks, got_dw.get(),
+                         wanted ? got_db.get() : nullptr, begin, end);
     }
     if (wanted) expect_close("dx " + name, got.get(), want_dx, p.taps());
     expect_close("dW " + name, got_dw.get(), want.dw, p.batch * p.out_size());
@@ -165,20 +173,20 @@ void test_grouped_all(const refconv::cpu::InstructionSet& set) {
   const std::string isa = set.name;
   // Widths straddle one and two vectors of every instruction set (2 to 16 lanes).
   for (const int64_t width : {1, 2, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 31, 32, 33}) {
-    const int64_t tall = 6 + 200 / width;  // too many pixels for turned_planes.cpp
+    const auto tall_for = [&](int64_t kernel) { return 6 + (kernel == 7 ? 3200 : 200) / width; };
     for (const int64_t kernel : {1, 2, 3, 5, 7}) {
-      const int64_t pad = kernel / 2;
+      const int64_t pad = kernel / 2, tall = tall_for(kernel);  // too many pixels for turned_planes.cpp
       test_grouped(kernels, isa, depthwise(3, 1, 6, width, kernel, kernel, 1, 1, pad, pad, 1, 1));
       test_grouped(kernels, isa, depthwise(2, 1, tall, width, kernel, kernel, 1, 1, pad, pad, 1, 1));
     }
     for (const int64_t kernel : {3, 5, 7}) {
-      const int64_t pad = kernel / 2;
+      const int64_t pad = kernel / 2, tall = tall_for(kernel);
       test_grouped(kernels, isa, depthwise(2, 1, 9, width, kernel, kernel, 2, 2, pad, pad, 1, 1));
       test_grouped(kernels, isa, depthwise(1, 1, 2 * tall, width, kernel, kernel, 2, 2, pad, pad, 1, 1));
     }
     test_grouped(kernels, isa, depthwise(2, 2, 5, width, 3, 3, 1, 1, 1, 1, 1, 1));
     for (const int64_t stride : {1, 2}) {  // 3x3, but not planes_3x3.h
-      test_grouped(kernels, isa, depthwise(1, 1, 2 * tall, width, 3, 3, stride, stride, 2, 2, 2, 2));
+      test_grouped(kernels, isa, depthwise(1, 1, 2 * tall_for(3), width, 3, 3, stride, stride, 2, 2, 2, 2));
     }
     test_grouped(kernels, isa, depthwise(2, 1, 7, width, 3, 5, 2, 1, 0, 4, 2, 2));
   }
