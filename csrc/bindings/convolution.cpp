@@ -54,7 +54,7 @@ GroupedProblem grouped_problem(const Ints& input, const Ints& weight, const Ints
 
 // Whether a problem with channels_last feature maps (the input's or the weight's decides, as in PyTorch) has kernels of
 // that layout; others are copied to NCHW and back.
-bool has_nhwc(const GroupedProblem& p) { return p.multiplier == 1 && p.per_group == 1; }
+bool has_nhwc(const GroupedProblem& p) { return p.per_group == 1; }
 
 // An uninitialised feature map [n, c, h, w] in that layout.
 Tensor feature_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool nhwc) {
@@ -145,11 +145,11 @@ void chunked_backward(const GroupedProblem& p, bool nhwc, const S* dy, const S* 
   const auto& kernels = grouped_kernels<S>(p, nhwc);
   const auto kernel = nhwc ? kernels.nhwc_backward : kernels.turned_backward;
   const int64_t chunks = nhwc ? nhwc_chunks(p) : turned_chunks(p), tasks = nhwc ? chunks : chunks * p.channels;
-  const std::unique_ptr<double[]> totals(new double[static_cast<size_t>(chunks * (p.taps() + 1) * p.channels)]);
-  parallel(tasks, 2 * p.batch * p.in_size() * p.channels / tasks * p.taps(), [&](int64_t begin, int64_t end) {
+  const std::unique_ptr<double[]> totals(new double[static_cast<size_t>(chunks * (p.taps() + 1) * p.out_channels())]);
+  parallel(tasks, 2 * p.batch * p.in_size() * p.out_channels() / tasks * p.taps(), [&](int64_t begin, int64_t end) {
     kernel(p, dy, x, w, dx, totals.get(), chunks, dw != nullptr, db != nullptr, begin, end);
   });
-  parallel(p.channels, chunks * (p.taps() + 1), [&](int64_t begin, int64_t end) {
+  parallel(p.channels, chunks * p.multiplier * (p.taps() + 1), [&](int64_t begin, int64_t end) {
     kernels.add_chunks(p, nhwc, dy, x, totals.get(), chunks, dw, db, begin, end);
   });
 }

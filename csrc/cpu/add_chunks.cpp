@@ -8,21 +8,29 @@ namespace refconv::cpu::REFCONV_ISA {
 template <typename S>
 void add_chunks(const GroupedProblem& p, bool nhwc, const S* grad_y, const S* x, double* totals, int64_t chunks,
                 S* grad_weight, S* grad_bias, int64_t begin, int64_t end) {
-  const int64_t size = (p.taps() + 1) * p.channels;
-  for (int64_t t = grad_weight != nullptr ? 0 : p.taps(); t < p.taps() + (grad_bias != nullptr ? 1 : 0); ++t) {
-    double* sums = totals + t * p.channels;
+  const int64_t taps = p.multiplier * p.taps(), size = taps * p.channels + p.out_channels();
+  const auto add = [&](double* sums, int64_t from, int64_t to) {
     for (int64_t chunk = 1; chunk < chunks; ++chunk) {
       const double* more = sums + chunk * size;
-      for (int64_t c = begin; c < end; ++c) sums[c] += more[c];
+      for (int64_t k = from; k < to; ++k) sums[k] += more[k];
     }
-    S* to = t < p.taps() ? grad_weight + t : grad_bias;
-    const int64_t step = t < p.taps() ? p.taps() : 1;
-    for (int64_t c = begin; c < end; ++c) store_one(to + c * step, static_cast<Compute<S>>(sums[c]));
+  };
+  for (int64_t t = 0; grad_weight != nullptr && t < taps; ++t) {
+    double* sums = totals + t * p.channels;
+    add(sums, begin, end);
+    for (int64_t c = begin; c < end; ++c) store_one(grad_weight + c * taps + t, static_cast<Compute<S>>(sums[c]));
   }
-  for (int64_t c = begin; grad_weight != nullptr && c < end; ++c) {
+  if (grad_bias != nullptr) {
+    double* sums = totals + taps * p.channels;
+    const int64_t first = begin * p.multiplier, last = end * p.multiplier;
+    add(sums, first, last);
+    for (int64_t c = first; c < last; ++c) store_one(grad_bias + c, static_cast<Compute<S>>(sums[c]));
+  }
+  for (int64_t c = begin * p.multiplier; grad_weight != nullptr && c < end * p.multiplier; ++c) {
+    const int64_t channel = c / p.multiplier, first_tap = c % p.multiplier * p.taps();
     bool finite = true;
-    for (int64_t t = 0; t < p.taps(); ++t) finite = finite && is_finite(totals[t * p.channels + c]);
-    if (!finite) exact_weight_gradient(p, nhwc, grad_y, x, c, c, grad_weight + c * p.taps());
+    for (int64_t t = 0; t < p.taps(); ++t) finite = finite && is_finite(totals[(first_tap + t) * p.channels + channel]);
+    if (!finite) exact_weight_gradient(p, nhwc, grad_y, x, c, channel, grad_weight + c * p.taps());
   }
 }
 

@@ -15,7 +15,8 @@
 
 namespace refconv::cpu::REFCONV_ISA {
 
-// Numbers of every channel, tap by tap: weights, or sums of their gradients.
+// Numbers of every channel, tap by tap: weights, or sums of their gradients. Tap t of output channel m of every group
+// is tap m * taps + t.
 template <typename T>
 struct TapMajor {
   T* data;
@@ -34,7 +35,7 @@ class NhwcForward {
 
  public:
   explicit NhwcForward(const GroupedProblem& p);
-  // Rows of y from row i on, `rows` of them; x and y are one image. Of the bias there is a vector at least, or none.
+  // Rows of y from row i on, `rows` of them; x and y are one image. The bias may be null.
   void run(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows, Maps maps);
 
  private:
@@ -46,7 +47,8 @@ class NhwcForward {
   const Tiles<T> tiles_;
   LaneRows<T> x_;
   TileOutput<S> output_;
-  Scratch<const T*> met_;
+  Scratch<TapRow<T>> met_;
+  Scratch<Vec<T>> start_;  // of the sums: the bias
 };
 
 // Rows of dx, with the memory that takes, and what they add to dW.
@@ -73,7 +75,8 @@ class NhwcBackward {
   const int64_t strip_, left_;  // rows; zeros that dx meets before a row of dy
   LaneRows<T> x_, dy_;
   TileOutput<S> output_;
-  Scratch<const T*> met_;
+  Scratch<TapRow<T>> met_;
+  Scratch<T> pixel_;  // of all channels of a block of groups
 };
 
 namespace {
@@ -98,9 +101,9 @@ inline void store_channels(S* to, Vec<Compute<S>> v, int64_t count, Maps maps) {
 template <typename S>
 Maps maps_of(const GroupedProblem& p, const S* output, int64_t pixels) {
   const int64_t vector = kLanes<Compute<S>> * static_cast<int64_t>(sizeof(S));
-  const bool around = vector == 64 && streams(pixels * p.channels * static_cast<int64_t>(sizeof(S))) &&
-                      p.channels % kLanes<Compute<S>> == 0 &&
-                      reinterpret_cast<uintptr_t>(output) % static_cast<uintptr_t>(vector) == 0;
+  const bool around =
+      vector == 64 && p.multiplier == 1 && streams(pixels * p.channels * static_cast<int64_t>(sizeof(S))) &&
+      p.channels % kLanes<Compute<S>> == 0 && reinterpret_cast<uintptr_t>(output) % static_cast<uintptr_t>(vector) == 0;
   return around ? Maps::kAround : Maps::kMemory;
 }
 
@@ -117,18 +120,19 @@ struct Next {
   }
 };
 
-// [taps][channels rounded up], zero in the surplus channels. Rows of an odd number of vectors, lest 512 or 1024
-// channels put all taps into a few sets of the first cache.
+// [multiplier][taps][channels rounded up], zero in the surplus channels. Rows of an odd number of vectors, lest 512 or
+// 1024 channels put all taps into a few sets of the first cache.
 template <typename S>
 class OwnTaps {
   using T = Compute<S>;
 
  public:
   explicit OwnTaps(const GroupedProblem& p)
-      : step_((ceil_div(p.channels, kLanes<T>) | 1) * kLanes<T>), data_(p.taps() * step_) {}
+      : step_((ceil_div(p.channels, kLanes<T>) | 1) * kLanes<T>), data_(p.multiplier * p.taps() * step_) {}
   OwnTaps(const GroupedProblem& p, const S* weight) : OwnTaps(p) {
+    const int64_t size = p.multiplier * p.taps();
     for (int64_t c = 0; c < p.channels; ++c) {
-      for (int64_t t = 0; t < p.taps(); ++t) data_[t * step_ + c] = load_one(weight + c * p.taps() + t);
+      for (int64_t t = 0; t < size; ++t) data_[t * step_ + c] = load_one(weight + c * size + t);
     }
   }
   TapMajor<T> view() { return {data_.data(), step_}; }

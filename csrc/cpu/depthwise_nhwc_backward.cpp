@@ -13,16 +13,17 @@ namespace {
 
 constexpr int64_t kStripTerms = 1024;  // added up in one lane before they move on to a double
 
-// Adds the pixels of rows of dy to totals [channels].
+// Adds the pixels of rows of dy to totals [out_channels].
 template <typename S>
 void add_rows(const GroupedProblem& p, const S* grad_y, double* totals, int64_t begin, int64_t end) {
   constexpr int64_t kLane = kLanes<Compute<S>>;
+  const int64_t channels = p.out_channels();
   for (int64_t row = begin; row < end; ++row) {
-    const S* dy = grad_y + row * p.out_w * p.channels;
-    for (int64_t c = 0; c < p.channels; c += kLane) {
-      const int64_t count = least(kLane, p.channels - c);
+    const S* dy = grad_y + row * p.out_w * channels;
+    for (int64_t c = 0; c < channels; c += kLane) {
+      const int64_t count = least(kLane, channels - c);
       Vec<Compute<S>> sum = {};
-      for (int64_t j = 0; j < p.out_w; ++j) sum += load_lanes(dy + j * p.channels + c, count);
+      for (int64_t j = 0; j < p.out_w; ++j) sum += load_lanes(dy + j * channels + c, count);
       for (int64_t lane = 0; lane < count; ++lane) totals[c + lane] += static_cast<double>(sum[lane]);
     }
   }
@@ -72,7 +73,7 @@ int64_t zeros_behind(const Lattices& lattices, const GroupedProblem& p) {
 // Rows of x whose data, with that of dy, fit a strip.
 template <typename S>
 int64_t strip_of(const GroupedProblem& p) {
-  const int64_t row = (p.in_w + p.out_w / p.stride_h) * p.channels * static_cast<int64_t>(sizeof(S));
+  const int64_t row = (p.in_w + p.multiplier * p.out_w / p.stride_h) * p.channels * static_cast<int64_t>(sizeof(S));
   return most(1, least(kStripBytes / row, kStripTerms / p.in_w));
 }
 
@@ -87,60 +88,64 @@ NhwcBackward<S>::NhwcBackward(const GroupedProblem& p, bool need_input, bool nee
       strip_(strip_of<S>(p)),
       left_(zeros_before(lattices_, p)),
       x_(1, p.pad_w, p.in_w, (p.out_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1),
-      dy_(least(p.out_h, (p.kernel_h - 1) * p.dilation_h / p.stride_h + 1), left_, p.out_w,
+      dy_(least(p.out_h, (p.kernel_h - 1) * p.dilation_h / p.stride_h + 1) * p.multiplier, left_, p.out_w,
           left_ + p.out_w + zeros_behind(lattices_, p)),
-      output_(most(kLeastTile, ceil_div(p.in_w, p.stride_w))),
-      met_(p.kernel_h) {}
+      output_(most(kLeastTile, ceil_div(p.in_w, p.stride_w)), 1),
+      met_(p.multiplier * p.kernel_h),
+      pixel_(p.multiplier * kLanes<T>) {}
 
 template <typename S>
 void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i,
                                 int64_t rows, TapMajor<T> total, Maps maps) {
   constexpr int64_t kLane = kLanes<T>;
-  const int64_t x_pitch = p_.in_w * p_.channels, y_pitch = p_.out_w * p_.channels;
+  const int64_t x_pitch = p_.in_w * p_.channels, y_step = p_.out_channels(), y_pitch = p_.out_w * y_step;
   const int64_t reach = (p_.kernel_h - 1) * p_.dilation_h;
   // The last row of dy that a row of x, and all rows before it, may meet.
   const auto last_met = [&](int64_t row) { return least(p_.out_h - 1, (row + p_.pad_h) / p_.stride_h); };
   const bool fetched = maps != Maps::kCached;
   Next<S> next_x{x + (i + rows) * x_pitch, fetched ? 1 : 0};
   Next<S> next_dx{need_input_ ? grad_x + (i + rows) * x_pitch : nullptr, need_input_ && maps == Maps::kMemory ? 1 : 0};
-  Next<S> next_dy{grad_y + (last_met(i + rows - 1) + 1) * y_pitch, fetched ? 1 : 0};
+  Next<S> next_dy{grad_y + (last_met(i + rows - 1) + 1) * y_pitch, fetched ? p_.multiplier : 0};
   for (int64_t c = 0; c < p_.channels; c += kLane) {
     const int64_t count = least(kLane, p_.channels - c);
     for (int64_t row = i, taken = 0; row < i + rows; ++row) {
+      taken = most(taken, ceil_div(row + p_.pad_h - reach, p_.stride_h));
+      for (; taken <= last_met(row); ++taken) {
+        const S* from = grad_y + taken * y_pitch + c * p_.multiplier;
+        p_.multiplier == 1 ? dy_.take(taken, from, y_step, count)
+                           : dy_.take_groups(taken, from, y_step, count, p_.multiplier, pixel_.data());
+      }
+      // The rows of dy that this one meets, of every channel of the groups.
       const LatticeTaps& taps = lattices_.rows[row % p_.stride_h];
       const int64_t h = row / p_.stride_h + taps.first_dy;
-      int64_t top, bottom;
+      int64_t top, bottom, met = 0;
       clip(h, taps.shift, p_.out_h, taps.count, &top, &bottom);
-      taken = most(taken, ceil_div(row + p_.pad_h - reach, p_.stride_h));
-      for (; taken <= last_met(row); ++taken) dy_.take(taken, grad_y + taken * y_pitch + c, p_.channels, count);
-      for (int64_t a = top; a < bottom; ++a) met_[a - top] = dy_.row(h + a * taps.shift);
-      const int64_t first_tap = (taps.last - top * taps.step) * p_.kernel_w;  // of the rows that are met
-      for (int64_t f = 0; need_input_ && f < p_.stride_w; ++f) {
-        const LatticeTaps& columns = lattices_.columns[f];
-        const Tiles<T> tiles(ceil_div(p_.in_w - f, p_.stride_w), 1, columns.shift);
-        const TileTaps<T> met{met_.data(),
-                              bottom - top,
-                              columns.count,
-                              1,
-                              columns.shift,
-                              weight.at(first_tap + columns.last, c),
-                              -taps.step * p_.kernel_w * weight.step,
-                              -columns.step * weight.step};
-        output_.write(tiles, grad_x + row * x_pitch + f * p_.channels + c, p_.stride_w * p_.channels, count,
-                      maps == Maps::kAround, [&](int64_t v, T* to, int64_t to_step, bool around) {
-                        tiles.correlate(met, (v + columns.first_dy + left_) * kLane, Vec<T>{}, to, to_step, around);
-                        next_x.fetch(tiles.pixels), next_dx.fetch(tiles.pixels);
-                      });
+      for (int64_t m = 0; m < p_.multiplier; ++m) {
+        for (int64_t a = top; a < bottom; ++a) {
+          const int64_t tap = m * p_.taps() + (taps.last - a * taps.step) * p_.kernel_w;
+          met_[met++] = {dy_.row((h + a * taps.shift) * p_.multiplier + m), weight.at(tap, c)};
+        }
       }
-      if (need_weight_ && bottom > top) {
+      if (need_weight_ && met > 0) {
         x_.take(0, x + row * x_pitch + c, p_.channels, count);
         const auto add = p_.dilation_w > 1 || p_.stride_w > 2 ? add_row_products<T, 0>
                          : p_.stride_w == 1                   ? add_row_products<T, 1>
                                                               : add_row_products<T, 2>;
-        for (int64_t a = top; a < bottom; ++a) {
-          add(x_.row(0), met_[a - top] + left_ * kLane, p_.out_w, p_.stride_w, p_.dilation_w, p_.kernel_w,
-              total.at((taps.last - a * taps.step) * p_.kernel_w, c), total.step);
+        for (int64_t k = 0; k < met; ++k) {
+          add(x_.row(0), met_[k].pixels + left_ * kLane, p_.out_w, p_.stride_w, p_.dilation_w, p_.kernel_w,
+              total.data + (met_[k].weight - weight.data), total.step);
         }
+      }
+      for (int64_t f = 0; need_input_ && f < p_.stride_w; ++f) {
+        const LatticeTaps& columns = lattices_.columns[f];
+        const Tiles<T> tiles(ceil_div(p_.in_w - f, p_.stride_w), 1, columns.shift);
+        const TileTaps<T> seen{
+            met_.data(), met, columns.count, 1, columns.shift, columns.last * weight.step, -columns.step * weight.step};
+        output_.write(tiles, grad_x + row * x_pitch + f * p_.channels + c, p_.stride_w * p_.channels, count,
+                      maps == Maps::kAround, [&](int64_t, int64_t v, T* to, int64_t to_step, bool around) {
+                        tiles.correlate(seen, (v + columns.first_dy + left_) * kLane, Vec<T>{}, to, to_step, around);
+                        next_x.fetch(tiles.pixels), next_dx.fetch(tiles.pixels);
+                      });
       }
       if (row % p_.stride_h == 0) next_dy.fetch(p_.out_w);
       if (!need_input_) next_x.fetch(p_.in_w);
@@ -193,23 +198,24 @@ void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* 
   NhwcBackward<S> backward(p, grad_x != nullptr, need_weight);
   OwnTaps<S> total(p);
   const int64_t rows = p.batch * p.in_h, out_rows = p.batch * p.out_h, strip = most(1, kStripTerms / p.in_w);
+  const int64_t taps_size = p.multiplier * p.taps(), size = taps_size * p.channels + p.out_channels();
   const Maps maps = grad_x != nullptr ? maps_of(p, grad_x, p.batch * p.in_size()) : Maps::kMemory;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    double* sums = totals + chunk * (p.taps() + 1) * p.channels;
-    for (int64_t k = 0; k < (p.taps() + 1) * p.channels; ++k) sums[k] = 0;
+    double* sums = totals + chunk * size;
+    for (int64_t k = 0; k < size; ++k) sums[k] = 0;
     if (need_bias) {
-      add_rows(p, grad_y, sums + p.taps() * p.channels, out_rows * chunk / chunks, out_rows * (chunk + 1) / chunks);
+      add_rows(p, grad_y, sums + taps_size * p.channels, out_rows * chunk / chunks, out_rows * (chunk + 1) / chunks);
     }
     if (grad_x == nullptr && !need_weight) continue;
     const int64_t last = rows * (chunk + 1) / chunks;
     for (int64_t row = rows * chunk / chunks; row < last;) {
       const int64_t n = row / p.in_h, i = row % p.in_h, image = n * p.in_size() * p.channels;
       const int64_t some = least(least(strip, last - row), p.in_h - i);
-      backward.run(taps.view(), grad_y + n * p.out_size() * p.channels, x + image,
+      backward.run(taps.view(), grad_y + n * p.out_size() * p.out_channels(), x + image,
                    grad_x != nullptr ? grad_x + image : nullptr, i, some, total.view(), maps);
       row += some;
       if (!need_weight) continue;
-      for (int64_t t = 0; t < p.taps(); ++t) {
+      for (int64_t t = 0; t < taps_size; ++t) {
         const T* from = total.view().at(t, 0);
         for (int64_t c = 0; c < p.channels; ++c) sums[t * p.channels + c] += static_cast<double>(from[c]);
       }

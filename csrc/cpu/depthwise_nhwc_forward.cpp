@@ -47,19 +47,22 @@ NhwcForward<S>::NhwcForward(const GroupedProblem& p)
       tiles_(p.out_w, p.stride_w, p.dilation_w),
       x_(least(span_of(p), p.in_h), p.pad_w, p.in_w,
          (tiles_.padded() - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1),
-      output_(tiles_.padded()),
-      met_(p.kernel_h) {}
+      output_(tiles_.padded(), p.multiplier),
+      met_(p.multiplier * p.kernel_h),
+      start_(p.multiplier) {}
 
 template <typename S>
 void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows,
                                Maps maps) {
-  const int64_t x_pitch = p_.in_w * p_.channels, y_pitch = p_.out_w * p_.channels;
+  const int64_t x_pitch = p_.in_w * p_.channels, y_step = p_.out_channels(), y_pitch = p_.out_w * y_step;
   const int64_t after = least(p_.in_h, (i + rows - 1) * p_.stride_h - p_.pad_h + span_of(p_));
   Next<S> next_x{x + after * x_pitch, maps == Maps::kCached ? 0 : p_.stride_h * p_.stride_w};
   Next<S> next_y{y + (i + rows) * y_pitch, maps == Maps::kMemory ? 1 : 0};
   for (int64_t c = 0; c < p_.channels; c += kLanes<T>) {
     const int64_t count = least(kLanes<T>, p_.channels - c);
-    const Vec<T> start = bias != nullptr ? load_lanes(bias + c, count) : Vec<T>{};
+    for (int64_t m = 0; bias != nullptr && m < p_.multiplier; ++m) {
+      for (int64_t lane = 0; lane < count; ++lane) start_[m][lane] = load_one(bias + (c + lane) * p_.multiplier + m);
+    }
     for (int64_t row = i, taken = 0; row < i + rows; ++row) {
       const int64_t h = row * p_.stride_h - p_.pad_h;
       int64_t top, bottom;
@@ -67,19 +70,20 @@ void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bi
       for (taken = most(taken, h); taken < least(p_.in_h, h + span_of(p_)); ++taken) {
         x_.take(taken, x + taken * x_pitch + c, p_.channels, count);
       }
-      for (int64_t a = top; a < bottom; ++a) met_[a - top] = x_.row(h + a * p_.dilation_h);
-      const TileTaps<T> taps{met_.data(),
-                             bottom - top,
-                             p_.kernel_w,
-                             p_.stride_w,
-                             p_.dilation_w,
-                             weight.at(top * p_.kernel_w, c),
-                             p_.kernel_w * weight.step,
-                             weight.step};
-      output_.write(tiles_, y + row * y_pitch + c, p_.channels, count, maps == Maps::kAround,
-                    [&](int64_t j, T* to, int64_t to_step, bool around) {
-                      tiles_.correlate(taps, j * p_.stride_w * kLanes<T>, start, to, to_step, around);
-                      next_x.fetch(tiles_.pixels), next_y.fetch(tiles_.pixels);
+      for (int64_t m = 0; m < p_.multiplier; ++m) {
+        for (int64_t a = top; a < bottom; ++a) {
+          met_[m * p_.kernel_h + a - top] = {x_.row(h + a * p_.dilation_h),
+                                             weight.at(m * p_.taps() + a * p_.kernel_w, c)};
+        }
+      }
+      const TileTaps<T> taps{met_.data(), bottom - top, p_.kernel_w, p_.stride_w, p_.dilation_w, 0, weight.step};
+      output_.write(tiles_, y + row * y_pitch + c * p_.multiplier, y_step, count, maps == Maps::kAround,
+                    [&](int64_t m, int64_t j, T* to, int64_t to_step, bool around) {
+                      TileTaps<T> met = taps;
+                      met.rows += m * p_.kernel_h;
+                      tiles_.correlate(met, j * p_.stride_w * kLanes<T>, start_[m], to, to_step, around);
+                      if (m == 0) next_x.fetch(tiles_.pixels);
+                      next_y.fetch(tiles_.pixels);
                     });
     }
   }
@@ -121,7 +125,8 @@ void depthwise_nhwc_forward(const GroupedProblem& p, const S* x, const S* weight
   const Maps maps = maps_of(p, y, p.batch * p.out_size());
   while (begin < end) {
     const int64_t n = begin / p.out_h, i = begin % p.out_h, rows = least(end - begin, p.out_h - i);
-    forward.run(taps.view(), x + n * p.in_size() * p.channels, bias, y + n * p.out_size() * p.channels, i, rows, maps);
+    forward.run(taps.view(), x + n * p.in_size() * p.channels, bias, y + n * p.out_size() * p.out_channels(), i, rows,
+                maps);
     begin += rows;
   }
   if (maps == Maps::kAround) end_streams();

@@ -27,14 +27,29 @@ class LaneRows {
   // Row h, from its first pixel on.
   T* pixels(int64_t h) { return row(h) + left_ * kLane; }
 
-  // Row h becomes what is in memory from `from` on, `channels` from pixel to pixel, of which `count` are wanted.
+  // Row h becomes what is in memory from `from` on, `step` from pixel to pixel, of which `count` channels are wanted.
   template <typename S>
-  void take(int64_t h, const S* from, int64_t channels, int64_t count) {
+  void take(int64_t h, const S* from, int64_t step, int64_t count) {
     T* to = pixels(h);
     if (count >= kLane) {
-      for (int64_t j = 0; j < width_; ++j) store(to + j * kLane, load(from + j * channels));
+      for (int64_t j = 0; j < width_; ++j) store(to + j * kLane, load(from + j * step));
     } else {
-      for (int64_t j = 0; j < width_; ++j) store(to + j * kLane, load_partial(from + j * channels, count));
+      for (int64_t j = 0; j < width_; ++j) store(to + j * kLane, load_partial(from + j * step, count));
+    }
+  }
+
+  // The same for maps of `count` groups of `multiplier` channels, side by side in memory: channel m of each becomes row
+  // h * multiplier + m.
+  template <typename S>
+  void take_groups(int64_t h, const S* from, int64_t step, int64_t count, int64_t multiplier, T* scratch) {
+    for (int64_t j = 0; j < width_; ++j) {
+      for (int64_t k = 0; k < count * multiplier; k += kLane) {
+        store(scratch + k, load_lanes(from + j * step + k, count * multiplier - k));
+      }
+      for (int64_t m = 0; m < multiplier; ++m) {
+        T* to = pixels(h * multiplier + m) + j * kLane;
+        for (int64_t lane = 0; lane < count; ++lane) to[lane] = scratch[lane * multiplier + m];
+      }
     }
   }
 
@@ -43,14 +58,18 @@ class LaneRows {
   Scratch<T> data_;
 };
 
+// A row of LaneRows, and the weights that meet it.
+template <typename T>
+struct TapRow {
+  const T *pixels, *weight;
+};
+
 // What every pixel of a tile meets: `row_count` rows, `columns` taps in each. In LaneRows, pixels of the tile are
-// `stride` apart, taps `dilation`; weights of a row lie `column_step` apart, rows of them `row_step`.
+// `stride` apart, taps `dilation`; the weights of a row lie `weight_step` apart, from `first_weight` on.
 template <typename T>
 struct TileTaps {
-  const T* const* rows;
-  int64_t row_count, columns, stride, dilation;
-  const T* weight;
-  int64_t row_step, column_step;
+  const TapRow<T>* rows;
+  int64_t row_count, columns, stride, dilation, first_weight, weight_step;
 };
 
 // Adds what TAPS neighbouring taps of one row add to the sums of a tile.
@@ -77,16 +96,16 @@ void correlate_tile(const TileTaps<T>& taps, int64_t offset, Vec<T> start, T* to
 #pragma GCC unroll 8
   for (int n = 0; n < PIXELS; ++n) sum[n] = start;
   for (int64_t a = 0; a < taps.row_count; ++a) {
-    const T *from = taps.rows[a] + offset, *weight = taps.weight + a * taps.row_step;
+    const T *from = taps.rows[a].pixels + offset, *weight = taps.rows[a].weight + taps.first_weight;
     if constexpr (STRIDE == 0) {
       const int64_t tap_step = taps.dilation * kLane, pixel_step = taps.stride * kLane;
-      for (int64_t b = 0; b < taps.columns; ++b, from += tap_step, weight += taps.column_step) {
+      for (int64_t b = 0; b < taps.columns; ++b, from += tap_step, weight += taps.weight_step) {
         const Vec<T> w = in_register(load(weight));
 #pragma GCC unroll 8
         for (int n = 0; n < PIXELS; ++n) sum[n] += w * load(from + n * pixel_step);
       }
     } else {
-      const int64_t step = taps.column_step;
+      const int64_t step = taps.weight_step;
       int64_t left = taps.columns;
       for (; left > kMostTaps; left -= kMostTaps, from += kMostTaps * kLane, weight += kMostTaps * step) {
         meet_taps<T, PIXELS, STRIDE, kMostTaps>(sum, from, weight, step);
@@ -202,34 +221,48 @@ struct Tiles {
   }
 };
 
-// Tiles are written to the map itself where its pixels are whole vectors of the compute type, otherwise by way of a
-// row of vectors.
+// Rows of tiles on their way to a map: into it at once where its pixels are whole vectors of the compute type,
+// otherwise by way of rows of vectors. With a channel multiplier, those of a group's output channels lie side by side
+// in memory.
 template <typename S>
 class TileOutput {
   using T = Compute<S>;
   static constexpr int64_t kLane = kLanes<T>;
 
  public:
-  explicit TileOutput(int64_t pixels) : row_(pixels * kLane) {}
+  TileOutput(int64_t pixels, int64_t multiplier)
+      : multiplier_(multiplier), pitch_(pixels * kLane), rows_(multiplier * pitch_), pixel_(multiplier * kLane) {}
 
-  // A row of `tiles` to `to`, whose pixels are `step` apart and want `count` channels; tile(j, to, step, around)
-  // computes the one that begins with output j.
+  // A row of `tiles` to `to`, whose pixels are `step` apart; of the lanes, `count` are channels. tile(m, j, to, step,
+  // around) computes the one of output channel m of each group that begins with output j.
   template <typename Tile>
   REFCONV_INLINE void write(const Tiles<T>& tiles, S* to, int64_t step, int64_t count, bool around, const Tile& tile) {
     if constexpr (sizeof(S) == sizeof(T)) {
-      if (count >= kLane && !tiles.overrun()) {
-        return tiles.for_each([&](int64_t j) { tile(j, to + j * step, step, around); });
+      if (count >= kLane && multiplier_ == 1 && !tiles.overrun()) {
+        return tiles.for_each([&](int64_t j) { tile(0, j, to + j * step, step, around); });
       }
     }
-    tiles.for_each([&](int64_t j) { tile(j, row_.data() + j * kLane, kLane, false); });
+    for (int64_t m = 0; m < multiplier_; ++m) {
+      tiles.for_each([&](int64_t j) { tile(m, j, rows_.data() + m * pitch_ + j * kLane, kLane, false); });
+    }
     for (int64_t j = 0; j < tiles.width; ++j) {
-      const Vec<T> v = load(row_.data() + j * kLane);
-      count >= kLane ? store(to + j * step, v) : store_partial(to + j * step, v, count);
+      multiplier_ == 1 ? store_lanes(to + j * step, load(rows_.data() + j * kLane), count)
+                       : interleave(to + j * step, rows_.data() + j * kLane, count);
     }
   }
 
  private:
-  Scratch<T> row_;
+  void interleave(S* to, const T* from, int64_t count) {
+    for (int64_t m = 0; m < multiplier_; ++m, from += pitch_) {
+      for (int64_t lane = 0; lane < count; ++lane) pixel_[lane * multiplier_ + m] = from[lane];
+    }
+    for (int64_t k = 0; k < count * multiplier_; k += kLane) {
+      store_lanes(to + k, load(pixel_.data() + k), count * multiplier_ - k);
+    }
+  }
+
+  const int64_t multiplier_, pitch_;
+  Scratch<T> rows_, pixel_;
 };
 
 }  // namespace refconv::cpu::REFCONV_ISA
