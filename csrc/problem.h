@@ -29,6 +29,7 @@ struct GroupedProblem {
   int64_t groups() const { return channels / per_group; }
   int64_t out_channels() const { return groups() * multiplier; }
   int64_t taps() const { return kernel_h * kernel_w; }
+  int64_t group_taps() const { return multiplier * per_group * taps(); }  // weights of a group
   int64_t in_size() const { return in_h * in_w; }
   int64_t out_size() const { return out_h * out_w; }
 };

@@ -93,10 +93,11 @@ def test_grouped_limits_name_what_is_not_covered() -> None:
     eight = "in_channels / groups (=8) is a multiple of 8: PyTorch's is faster"
     assert cpu.grouped_conv2d_slower(x, torch.randn(4, 8, 3, 3), 4, UNIT) == eight
     assert cpu.grouped_conv2d_slower(x.double(), torch.randn(4, 8, 3, 3).double(), 4, UNIT) is None
-    copied = "channels_last would be copied to NCHW and back: PyTorch's is faster"
-    last = torch.randn(2, 34, 5, 5).to(memory_format=torch.channels_last)
-    assert cpu.grouped_conv2d_slower(last, torch.randn(34, 2, 3, 3), 17, UNIT) == copied
-    assert cpu.grouped_conv2d_slower(last, torch.randn(68, 1, 3, 3), 34, UNIT) is None
+    last = torch.randn(2, 20, 5, 5).to(memory_format=torch.channels_last)
+    five = "in_channels / groups (=5) in channels_last: PyTorch's is faster above 4"
+    assert cpu.grouped_conv2d_slower(last, torch.randn(8, 5, 3, 3), 4, UNIT) == five
+    assert cpu.grouped_conv2d_slower(last, torch.randn(5, 4, 3, 3), 5, UNIT) is None
+    assert cpu.grouped_conv2d_slower(last, torch.randn(40, 1, 3, 3), 20, UNIT) is None
     with use_backend("cpu"):  # grouped, but not covered: PyTorch's on every backend
         assert functional.conv2d(x, torch.randn(4, 17, 3, 3), groups=2).shape == (1, 4, 3, 3)
 

@@ -9,15 +9,15 @@ namespace {
 
 // The instruction set whose kernels a problem gets, for elements of so many bytes.
 const cpu::InstructionSet& set_of(const GroupedProblem& p, bool nhwc, int64_t element_bytes) {
-  // What lies along a vector: channels, or columns of the output in both directions. Wide planes of the 3x3 kernels
+  // What lies along a vector: groups, or columns of the output in both directions. Wide planes of the 3x3 kernels
   // gain more from wide vectors than they lose by lanes left idle, and narrow ones share them.
-  const bool channels = nhwc || cpu::has_turned_planes(p);
+  const bool groups = nhwc || cpu::has_turned_planes(p);
   const cpu::InstructionSet& best = cpu::instruction_set();
-  if (!channels && cpu::has_planes_3x3(p) &&
+  if (!groups && cpu::has_planes_3x3(p) &&
       (p.out_w > 48 || cpu::has_twin_planes(p, element_bytes, best.vector_bytes))) {
     return best;
   }
-  return cpu::instruction_set_for_rows(channels ? p.channels : p.out_w, std::max<int64_t>(element_bytes, 4));
+  return cpu::instruction_set_for_rows(groups ? p.groups() : p.out_w, std::max<int64_t>(element_bytes, 4));
 }
 
 template <typename S>
@@ -52,10 +52,6 @@ GroupedProblem grouped_problem(const Ints& input, const Ints& weight, const Ints
   return p;
 }
 
-// Whether a problem with channels_last feature maps (the input's or the weight's decides, as in PyTorch) has kernels of
-// that layout; others are copied to NCHW and back.
-bool has_nhwc(const GroupedProblem& p) { return p.per_group == 1; }
-
 // An uninitialised feature map [n, c, h, w] in that layout.
 Tensor feature_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool nhwc) {
   if (!nhwc) return empty(like, {n, c, h, w});
@@ -63,7 +59,7 @@ Tensor feature_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t 
 }
 
 std::string name_of(const GroupedProblem& p, bool channels_last, int64_t element_bytes) {
-  if (channels_last && has_nhwc(p)) return cpu::has_nhwc_3x3(p) ? "channels_last rows, 3x3" : "channels_last tiles";
+  if (channels_last) return cpu::has_nhwc_3x3(p) ? "channels_last rows, 3x3" : "channels_last tiles";
   if (cpu::has_turned_planes(p)) return "small planes, channels in the lanes";
   if (!cpu::has_planes_3x3(p)) return p.per_group == 1 ? "padded planes" : "padded planes of a group";
   const bool twins = cpu::has_twin_planes(p, element_bytes, set_of(p, false, element_bytes).vector_bytes);
@@ -94,15 +90,13 @@ void check_bias(const GroupedProblem& p, const Tensor& bias, const Tensor& input
 std::string grouped_kernel(const Ints& input, const Ints& weight, const Ints& stride, const Ints& padding,
                            const Ints& dilation, bool channels_last, int64_t element_bytes) {
   const GroupedProblem p = grouped_problem(input, weight, stride, padding, dilation);
-  const bool copied = channels_last && !has_nhwc(p);
-  return name_of(p, channels_last, element_bytes) + (copied ? ", copied to NCHW and back" : "") + " (" +
-         set_of(p, channels_last && !copied, element_bytes).name + ")";
+  return name_of(p, channels_last, element_bytes) + " (" + set_of(p, channels_last, element_bytes).name + ")";
 }
 
 Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
                       Ints padding, Ints dilation) {
   const GroupedProblem p = grouped_problem(input, weight, stride, padding, dilation);
-  const bool channels_last = is_nhwc(input) || is_nhwc(weight), nhwc = channels_last && has_nhwc(p);
+  const bool nhwc = is_nhwc(input) || is_nhwc(weight);  // either decides, as in PyTorch
   const Tensor x = in_layout(input, nhwc), w = contiguous_of(weight);
   std::optional<Tensor> b;
   if (bias.has_value()) {
@@ -120,7 +114,7 @@ Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::opti
     parallel(tasks, y.numel() / std::max<int64_t>(tasks, 1) * p.per_group * p.taps(),
              [&](int64_t begin, int64_t end) { kernel(p, x_data, w_data, b_data, y_data, begin, end); });
   });
-  return in_layout(y, channels_last);
+  return y;
 }
 
 namespace {
@@ -145,11 +139,11 @@ void chunked_backward(const GroupedProblem& p, bool nhwc, const S* dy, const S* 
   const auto& kernels = grouped_kernels<S>(p, nhwc);
   const auto kernel = nhwc ? kernels.nhwc_backward : kernels.turned_backward;
   const int64_t chunks = nhwc ? nhwc_chunks(p) : turned_chunks(p), tasks = nhwc ? chunks : chunks * p.channels;
-  const std::unique_ptr<double[]> totals(new double[static_cast<size_t>(chunks * (p.taps() + 1) * p.out_channels())]);
-  parallel(tasks, 2 * p.batch * p.in_size() * p.out_channels() / tasks * p.taps(), [&](int64_t begin, int64_t end) {
+  const std::unique_ptr<double[]> totals(new double[static_cast<size_t>(chunks * (p.per_group * p.taps() + 1) * p.out_channels())]);
+  parallel(tasks, 2 * p.batch * p.in_size() * p.out_channels() / tasks * p.per_group * p.taps(), [&](int64_t begin, int64_t end) {
     kernel(p, dy, x, w, dx, totals.get(), chunks, dw != nullptr, db != nullptr, begin, end);
   });
-  parallel(p.channels, chunks * p.multiplier * (p.taps() + 1), [&](int64_t begin, int64_t end) {
+  parallel(p.groups(), chunks * p.multiplier * (p.per_group * p.taps() + 1), [&](int64_t begin, int64_t end) {
     kernels.add_chunks(p, nhwc, dy, x, totals.get(), chunks, dw, db, begin, end);
   });
 }
@@ -162,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward(const Tensor& grad_ou
                                                            bool need_bias) {
   const GroupedProblem p = grouped_problem(input, weight, stride, padding, dilation);
   check_grad_output(p, grad_output, input);
-  const bool channels_last = is_nhwc(input) || is_nhwc(weight), nhwc = channels_last && has_nhwc(p);
+  const bool nhwc = is_nhwc(input) || is_nhwc(weight);
   const Tensor dy = in_layout(grad_output, nhwc), x = in_layout(input, nhwc), w = contiguous_of(weight);
   const Tensor grad_input = need_input ? feature_map(x, p.batch, p.channels, p.in_h, p.in_w, nhwc) : empty(x, {0});
   const Tensor grad_weight = empty(w, need_weight ? sizes_of(w) : Ints{0});
@@ -179,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward(const Tensor& grad_ou
     parallel(p.channels, work,
              [&](int64_t begin, int64_t end) { kernel(p, dy_data, x_data, w_data, dx, dw, db, begin, end); });
   });
-  return {need_input ? in_layout(grad_input, channels_last) : grad_input, grad_weight, grad_bias};
+  return {grad_input, grad_weight, grad_bias};
 }
 
 }  // namespace refconv::bindings

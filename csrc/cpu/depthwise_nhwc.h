@@ -1,8 +1,8 @@
-// What both directions of the depthwise convolution on channels_last maps share.
+// What both directions of the convolution on channels_last maps share: depthwise, or few channels per group.
 //
-// Equations: csrc/problem.h. Lanes are channels. Strips of rows that fit the second cache are gone through for one
-// vector of channels after the other, by way of a few rows of it in the first cache (lane_rows.h); the next strip is
-// fetched meanwhile, in the order of memory. 3x3 kernels have loops of their own (depthwise_nhwc_3x3.h).
+// Equations: csrc/problem.h. Lanes are groups (channels, if depthwise). Strips of rows that fit the second cache are
+// gone through for one vector of them after the other, by way of a few rows of it in the first cache (lane_rows.h); the
+// next strip is fetched meanwhile, in the order of memory. 3x3 kernels have loops of their own (depthwise_nhwc_3x3.h).
 #pragma once
 
 #include "elements.h"
@@ -15,13 +15,13 @@
 
 namespace refconv::cpu::REFCONV_ISA {
 
-// Numbers of every channel, tap by tap: weights, or sums of their gradients. Tap t of output channel m of every group
-// is tap m * taps + t.
+// Numbers of every group, tap by tap: weights, or sums of their gradients. Between output channel k and input channel m
+// of a group, tap t is tap (k * per_group + m) * taps + t.
 template <typename T>
 struct TapMajor {
   T* data;
-  int64_t step;  // from tap to tap: the channels at least, in whole vectors
-  T* at(int64_t tap, int64_t c) const { return data + tap * step + c; }
+  int64_t step;  // from tap to tap: the groups at least, in whole vectors
+  T* at(int64_t tap, int64_t g) const { return data + tap * step + g; }
 };
 
 // Where the maps are: in the caches already; in memory; or there, with an output that is to be written around the
@@ -49,6 +49,7 @@ class NhwcForward {
   TileOutput<S> output_;
   Scratch<TapRow<T>> met_;
   Scratch<Vec<T>> start_;  // of the sums: the bias
+  Scratch<T> pixel_;
 };
 
 // Rows of dx, with the memory that takes, and what they add to dW.
@@ -76,7 +77,7 @@ class NhwcBackward {
   LaneRows<T> x_, dy_;
   TileOutput<S> output_;
   Scratch<TapRow<T>> met_;
-  Scratch<T> pixel_;  // of all channels of a block of groups
+  Scratch<T> pixel_;
 };
 
 namespace {
@@ -120,19 +121,19 @@ struct Next {
   }
 };
 
-// [multiplier][taps][channels rounded up], zero in the surplus channels. Rows of an odd number of vectors, lest 512 or
-// 1024 channels put all taps into a few sets of the first cache.
+// [multiplier][per_group][taps][groups rounded up], zero in the surplus groups. Rows of an odd number of vectors, lest
+// 512 or 1024 channels put all taps into a few sets of the first cache.
 template <typename S>
 class OwnTaps {
   using T = Compute<S>;
 
  public:
   explicit OwnTaps(const GroupedProblem& p)
-      : step_((ceil_div(p.channels, kLanes<T>) | 1) * kLanes<T>), data_(p.multiplier * p.taps() * step_) {}
+      : step_((ceil_div(p.groups(), kLanes<T>) | 1) * kLanes<T>), data_(p.group_taps() * step_) {}
   OwnTaps(const GroupedProblem& p, const S* weight) : OwnTaps(p) {
-    const int64_t size = p.multiplier * p.taps();
-    for (int64_t c = 0; c < p.channels; ++c) {
-      for (int64_t t = 0; t < size; ++t) data_[t * step_ + c] = load_one(weight + c * size + t);
+    const int64_t size = p.group_taps();
+    for (int64_t g = 0; g < p.groups(); ++g) {
+      for (int64_t t = 0; t < size; ++t) data_[t * step_ + g] = load_one(weight + g * size + t);
     }
   }
   TapMajor<T> view() { return {data_.data(), step_}; }

@@ -1,4 +1,4 @@
-// Depthwise convolution on channels_last feature maps, fused backward, one output channel per input channel.
+// Convolution with few channels per group, or one (depthwise), on channels_last feature maps, fused backward.
 //
 // Ownership: rows of x, with sums of dW and dbias private to chunks of them. Their number does not depend on the
 // threads, and they are added up in order: the result is the same for any number of threads.
@@ -87,12 +87,12 @@ NhwcBackward<S>::NhwcBackward(const GroupedProblem& p, bool need_input, bool nee
       lattices_(p),
       strip_(strip_of<S>(p)),
       left_(zeros_before(lattices_, p)),
-      x_(1, p.pad_w, p.in_w, (p.out_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1),
+      x_(p.per_group, p.pad_w, p.in_w, (p.out_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1),
       dy_(least(p.out_h, (p.kernel_h - 1) * p.dilation_h / p.stride_h + 1) * p.multiplier, left_, p.out_w,
           left_ + p.out_w + zeros_behind(lattices_, p)),
-      output_(most(kLeastTile, ceil_div(p.in_w, p.stride_w)), 1),
-      met_(p.multiplier * p.kernel_h),
-      pixel_(p.multiplier * kLanes<T>) {}
+      output_(most(kLeastTile, ceil_div(p.in_w, p.stride_w)), p.per_group),
+      met_(p.multiplier * p.per_group * p.kernel_h),
+      pixel_(most(p.multiplier, p.per_group) * kLanes<T>) {}
 
 template <typename S>
 void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i,
@@ -102,53 +102,57 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
   const int64_t reach = (p_.kernel_h - 1) * p_.dilation_h;
   // The last row of dy that a row of x, and all rows before it, may meet.
   const auto last_met = [&](int64_t row) { return least(p_.out_h - 1, (row + p_.pad_h) / p_.stride_h); };
+  const auto add = p_.dilation_w > 1 || p_.stride_w > 2 ? add_row_products<T, 0>
+                   : p_.stride_w == 1                   ? add_row_products<T, 1>
+                                                        : add_row_products<T, 2>;
   const bool fetched = maps != Maps::kCached;
   Next<S> next_x{x + (i + rows) * x_pitch, fetched ? 1 : 0};
   Next<S> next_dx{need_input_ ? grad_x + (i + rows) * x_pitch : nullptr, need_input_ && maps == Maps::kMemory ? 1 : 0};
   Next<S> next_dy{grad_y + (last_met(i + rows - 1) + 1) * y_pitch, fetched ? p_.multiplier : 0};
-  for (int64_t c = 0; c < p_.channels; c += kLane) {
-    const int64_t count = least(kLane, p_.channels - c);
+  for (int64_t g = 0; g < p_.groups(); g += kLane) {
+    const int64_t count = least(kLane, p_.groups() - g);
     for (int64_t row = i, taken = 0; row < i + rows; ++row) {
       taken = most(taken, ceil_div(row + p_.pad_h - reach, p_.stride_h));
       for (; taken <= last_met(row); ++taken) {
-        const S* from = grad_y + taken * y_pitch + c * p_.multiplier;
-        p_.multiplier == 1 ? dy_.take(taken, from, y_step, count)
-                           : dy_.take_groups(taken, from, y_step, count, p_.multiplier, pixel_.data());
+        const S* from = grad_y + taken * y_pitch + g * p_.multiplier;
+        dy_.take_groups(taken, from, y_step, count, p_.multiplier, pixel_.data());
       }
-      // The rows of dy that this one meets, of every channel of the groups.
+      // What this row meets: for each input channel of a group the rows of dy of all output channels.
       const LatticeTaps& taps = lattices_.rows[row % p_.stride_h];
       const int64_t h = row / p_.stride_h + taps.first_dy;
       int64_t top, bottom, met = 0;
       clip(h, taps.shift, p_.out_h, taps.count, &top, &bottom);
-      for (int64_t m = 0; m < p_.multiplier; ++m) {
-        for (int64_t a = top; a < bottom; ++a) {
-          const int64_t tap = m * p_.taps() + (taps.last - a * taps.step) * p_.kernel_w;
-          met_[met++] = {dy_.row((h + a * taps.shift) * p_.multiplier + m), weight.at(tap, c)};
+      for (int64_t m = 0; m < p_.per_group; ++m) {
+        for (int64_t k = 0; k < p_.multiplier; ++k) {
+          for (int64_t a = top; a < bottom; ++a) {
+            const int64_t tap = (k * p_.per_group + m) * p_.taps() + (taps.last - a * taps.step) * p_.kernel_w;
+            met_[met++] = {dy_.row((h + a * taps.shift) * p_.multiplier + k), weight.at(tap, g)};
+          }
         }
       }
+      const int64_t of_one = met / p_.per_group;  // rows that an input channel meets
       if (need_weight_ && met > 0) {
-        x_.take(0, x + row * x_pitch + c, p_.channels, count);
-        const auto add = p_.dilation_w > 1 || p_.stride_w > 2 ? add_row_products<T, 0>
-                         : p_.stride_w == 1                   ? add_row_products<T, 1>
-                                                              : add_row_products<T, 2>;
+        x_.take_groups(0, x + row * x_pitch + g * p_.per_group, p_.channels, count, p_.per_group, pixel_.data());
         for (int64_t k = 0; k < met; ++k) {
-          add(x_.row(0), met_[k].pixels + left_ * kLane, p_.out_w, p_.stride_w, p_.dilation_w, p_.kernel_w,
+          add(x_.row(k / of_one), met_[k].pixels + left_ * kLane, p_.out_w, p_.stride_w, p_.dilation_w, p_.kernel_w,
               total.data + (met_[k].weight - weight.data), total.step);
         }
       }
       for (int64_t f = 0; need_input_ && f < p_.stride_w; ++f) {
         const LatticeTaps& columns = lattices_.columns[f];
         const Tiles<T> tiles(ceil_div(p_.in_w - f, p_.stride_w), 1, columns.shift);
-        const TileTaps<T> seen{
-            met_.data(), met, columns.count, 1, columns.shift, columns.last * weight.step, -columns.step * weight.step};
-        output_.write(tiles, grad_x + row * x_pitch + f * p_.channels + c, p_.stride_w * p_.channels, count,
-                      maps == Maps::kAround, [&](int64_t, int64_t v, T* to, int64_t to_step, bool around) {
-                        tiles.correlate(seen, (v + columns.first_dy + left_) * kLane, Vec<T>{}, to, to_step, around);
-                        next_x.fetch(tiles.pixels), next_dx.fetch(tiles.pixels);
-                      });
+        output_.write(
+            tiles, grad_x + row * x_pitch + f * p_.channels + g * p_.per_group, p_.stride_w * p_.channels, count,
+            maps == Maps::kAround, [&](int64_t m, int64_t v, T* to, int64_t to_step, bool around) {
+              const TileTaps<T> seen{
+                  met_.data() + m * of_one,   of_one, columns.count, 1, columns.shift, columns.last * weight.step,
+                  -columns.step * weight.step};
+              tiles.correlate(seen, (v + columns.first_dy + left_) * kLane, Vec<T>{}, to, to_step, around);
+              next_x.fetch(tiles.pixels), next_dx.fetch(tiles.pixels);
+            });
       }
       if (row % p_.stride_h == 0) next_dy.fetch(p_.out_w);
-      if (!need_input_) next_x.fetch(p_.in_w);
+      if (!need_input_) next_x.fetch(p_.in_w * p_.per_group);
     }
   }
 }
@@ -198,13 +202,14 @@ void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* 
   NhwcBackward<S> backward(p, grad_x != nullptr, need_weight);
   OwnTaps<S> total(p);
   const int64_t rows = p.batch * p.in_h, out_rows = p.batch * p.out_h, strip = most(1, kStripTerms / p.in_w);
-  const int64_t taps_size = p.multiplier * p.taps(), size = taps_size * p.channels + p.out_channels();
+  const int64_t size = p.group_taps() * p.groups() + p.out_channels();
   const Maps maps = grad_x != nullptr ? maps_of(p, grad_x, p.batch * p.in_size()) : Maps::kMemory;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     double* sums = totals + chunk * size;
     for (int64_t k = 0; k < size; ++k) sums[k] = 0;
     if (need_bias) {
-      add_rows(p, grad_y, sums + taps_size * p.channels, out_rows * chunk / chunks, out_rows * (chunk + 1) / chunks);
+      add_rows(p, grad_y, sums + p.group_taps() * p.groups(), out_rows * chunk / chunks,
+               out_rows * (chunk + 1) / chunks);
     }
     if (grad_x == nullptr && !need_weight) continue;
     const int64_t last = rows * (chunk + 1) / chunks;
@@ -215,9 +220,9 @@ void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* 
                    grad_x != nullptr ? grad_x + image : nullptr, i, some, total.view(), maps);
       row += some;
       if (!need_weight) continue;
-      for (int64_t t = 0; t < taps_size; ++t) {
+      for (int64_t t = 0; t < p.group_taps(); ++t) {
         const T* from = total.view().at(t, 0);
-        for (int64_t c = 0; c < p.channels; ++c) sums[t * p.channels + c] += static_cast<double>(from[c]);
+        for (int64_t g = 0; g < p.groups(); ++g) sums[t * p.groups() + g] += static_cast<double>(from[g]);
       }
       total.clear();
     }

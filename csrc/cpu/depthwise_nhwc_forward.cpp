@@ -1,4 +1,4 @@
-// Depthwise convolution on channels_last feature maps, forward, one output channel per input channel.
+// Convolution with few channels per group, or one (depthwise), on channels_last feature maps, forward.
 //
 // Bytes: reads x and writes y once.
 #include "depthwise_nhwc.h"
@@ -45,44 +45,46 @@ NhwcForward<S>::NhwcForward(const GroupedProblem& p)
     : p_(p),
       strip_(most(1, kStripBytes / (p.stride_h * p.in_w * p.channels * static_cast<int64_t>(sizeof(S))))),
       tiles_(p.out_w, p.stride_w, p.dilation_w),
-      x_(least(span_of(p), p.in_h), p.pad_w, p.in_w,
+      x_(least(span_of(p), p.in_h) * p.per_group, p.pad_w, p.in_w,
          (tiles_.padded() - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1),
       output_(tiles_.padded(), p.multiplier),
-      met_(p.multiplier * p.kernel_h),
-      start_(p.multiplier) {}
+      met_(p.multiplier * p.per_group * p.kernel_h),
+      start_(p.multiplier),
+      pixel_(p.per_group * kLanes<T>) {}
 
 template <typename S>
 void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows,
                                Maps maps) {
   const int64_t x_pitch = p_.in_w * p_.channels, y_step = p_.out_channels(), y_pitch = p_.out_w * y_step;
   const int64_t after = least(p_.in_h, (i + rows - 1) * p_.stride_h - p_.pad_h + span_of(p_));
-  Next<S> next_x{x + after * x_pitch, maps == Maps::kCached ? 0 : p_.stride_h * p_.stride_w};
+  Next<S> next_x{x + after * x_pitch, maps == Maps::kCached ? 0 : p_.stride_h * p_.stride_w * p_.per_group};
   Next<S> next_y{y + (i + rows) * y_pitch, maps == Maps::kMemory ? 1 : 0};
-  for (int64_t c = 0; c < p_.channels; c += kLanes<T>) {
-    const int64_t count = least(kLanes<T>, p_.channels - c);
-    for (int64_t m = 0; bias != nullptr && m < p_.multiplier; ++m) {
-      for (int64_t lane = 0; lane < count; ++lane) start_[m][lane] = load_one(bias + (c + lane) * p_.multiplier + m);
+  for (int64_t g = 0; g < p_.groups(); g += kLanes<T>) {
+    const int64_t count = least(kLanes<T>, p_.groups() - g);
+    for (int64_t k = 0; bias != nullptr && k < p_.multiplier; ++k) {
+      for (int64_t lane = 0; lane < count; ++lane) start_[k][lane] = load_one(bias + (g + lane) * p_.multiplier + k);
     }
     for (int64_t row = i, taken = 0; row < i + rows; ++row) {
       const int64_t h = row * p_.stride_h - p_.pad_h;
-      int64_t top, bottom;
-      clip(h, p_.dilation_h, p_.in_h, p_.kernel_h, &top, &bottom);
       for (taken = most(taken, h); taken < least(p_.in_h, h + span_of(p_)); ++taken) {
-        x_.take(taken, x + taken * x_pitch + c, p_.channels, count);
+        const S* from = x + taken * x_pitch + g * p_.per_group;
+        x_.take_groups(taken, from, p_.channels, count, p_.per_group, pixel_.data());
       }
-      for (int64_t m = 0; m < p_.multiplier; ++m) {
+      int64_t top, bottom, met = 0;
+      clip(h, p_.dilation_h, p_.in_h, p_.kernel_h, &top, &bottom);
+      for (int64_t channels = 0; channels < p_.multiplier * p_.per_group; ++channels) {
         for (int64_t a = top; a < bottom; ++a) {
-          met_[m * p_.kernel_h + a - top] = {x_.row(h + a * p_.dilation_h),
-                                             weight.at(m * p_.taps() + a * p_.kernel_w, c)};
+          met_[met++] = {x_.row((h + a * p_.dilation_h) * p_.per_group + channels % p_.per_group),
+                         weight.at(channels * p_.taps() + a * p_.kernel_w, g)};
         }
       }
-      const TileTaps<T> taps{met_.data(), bottom - top, p_.kernel_w, p_.stride_w, p_.dilation_w, 0, weight.step};
-      output_.write(tiles_, y + row * y_pitch + c * p_.multiplier, y_step, count, maps == Maps::kAround,
-                    [&](int64_t m, int64_t j, T* to, int64_t to_step, bool around) {
-                      TileTaps<T> met = taps;
-                      met.rows += m * p_.kernel_h;
-                      tiles_.correlate(met, j * p_.stride_w * kLanes<T>, start_[m], to, to_step, around);
-                      if (m == 0) next_x.fetch(tiles_.pixels);
+      const int64_t of_one = p_.per_group * (bottom - top);  // rows that an output channel meets
+      output_.write(tiles_, y + row * y_pitch + g * p_.multiplier, y_step, count, maps == Maps::kAround,
+                    [&](int64_t k, int64_t j, T* to, int64_t to_step, bool around) {
+                      const TileTaps<T> taps{
+                          met_.data() + k * of_one, of_one, p_.kernel_w, p_.stride_w, p_.dilation_w, 0, weight.step};
+                      tiles_.correlate(taps, j * p_.stride_w * kLanes<T>, start_[k], to, to_step, around);
+                      if (k == 0) next_x.fetch(tiles_.pixels);
                       next_y.fetch(tiles_.pixels);
                     });
     }

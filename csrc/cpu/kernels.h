@@ -22,19 +22,19 @@ struct GroupedKernels {
   void (*backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
                    S* grad_bias, int64_t begin, int64_t end);
   // Tasks: the channels, of `chunks` parts of the batch one after the other. grad_x may be null. Sets totals, of
-  // multiplier * (taps + 1) * channels numbers per chunk: the sums of dW [multiplier, taps, channels], then those of
-  // dbias [out_channels], anything where not needed. They depend on `chunks`, so that must not depend on the threads.
+  // (per_group * taps + 1) * out_channels numbers per chunk: the sums of dW [multiplier, per_group, taps, groups], then
+  // those of dbias, anything where not needed. They depend on `chunks`, so that must not depend on the threads.
   void (*turned_backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x,
                           double* totals, int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end);
 
-  // The same for channels_last feature maps, depthwise.
+  // The same for channels_last feature maps.
   // Tasks: the batch * out_h output rows.
   void (*nhwc_forward)(const GroupedProblem&, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                        int64_t end);
   // Tasks: `chunks` parts of the rows of all images. Otherwise as turned_backward.
   void (*nhwc_backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
                         int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end);
-  // Tasks: the channels. Adds up the chunks of totals, in the first of them. Either output may be null.
+  // Tasks: the groups. Adds up the chunks of totals, in the first of them. Either output may be null.
   void (*add_chunks)(const GroupedProblem&, bool nhwc, const S* grad_y, const S* x, double* totals, int64_t chunks,
                      S* grad_weight, S* grad_bias, int64_t begin, int64_t end);
 };
@@ -124,8 +124,8 @@ template <> inline FoldedAdamKernel<double> Kernels::folded_adam() const { retur
 
 // Whether channels_last maps have the loops of depthwise_nhwc_3x3.h.
 [[maybe_unused]] static bool has_nhwc_3x3(const GroupedProblem& p) {
-  return p.multiplier == 1 && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == p.stride_w && p.stride_w <= 2 &&
-         p.pad_h <= 1 && p.pad_w <= 1 && p.dilation_h == 1 && p.dilation_w == 1;
+  return p.multiplier == 1 && p.per_group == 1 && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == p.stride_w &&
+         p.stride_w <= 2 && p.pad_h <= 1 && p.pad_w <= 1 && p.dilation_h == 1 && p.dilation_w == 1;
 }
 
 // Whether planes are so small that a block of channels is turned into the lanes of vectors (turned_planes.cpp).

@@ -38,17 +38,18 @@ class LaneRows {
     }
   }
 
-  // The same for maps of `count` groups of `multiplier` channels, side by side in memory: channel m of each becomes row
-  // h * multiplier + m.
+  // The same for maps of `count` groups of `members` channels, side by side in memory: channel m of each group becomes
+  // row h * members + m. `scratch` holds one pixel of them.
   template <typename S>
-  void take_groups(int64_t h, const S* from, int64_t step, int64_t count, int64_t multiplier, T* scratch) {
+  void take_groups(int64_t h, const S* from, int64_t step, int64_t count, int64_t members, T* scratch) {
+    if (members == 1) return take(h, from, step, count);
     for (int64_t j = 0; j < width_; ++j) {
-      for (int64_t k = 0; k < count * multiplier; k += kLane) {
-        store(scratch + k, load_lanes(from + j * step + k, count * multiplier - k));
+      for (int64_t k = 0; k < count * members; k += kLane) {
+        store(scratch + k, load_lanes(from + j * step + k, count * members - k));
       }
-      for (int64_t m = 0; m < multiplier; ++m) {
-        T* to = pixels(h * multiplier + m) + j * kLane;
-        for (int64_t lane = 0; lane < count; ++lane) to[lane] = scratch[lane * multiplier + m];
+      for (int64_t m = 0; m < members; ++m) {
+        T* to = pixels(h * members + m) + j * kLane;
+        for (int64_t lane = 0; lane < count; ++lane) to[lane] = scratch[lane * members + m];
       }
     }
   }
@@ -222,46 +223,45 @@ struct Tiles {
 };
 
 // Rows of tiles on their way to a map: into it at once where its pixels are whole vectors of the compute type,
-// otherwise by way of rows of vectors. With a channel multiplier, those of a group's output channels lie side by side
-// in memory.
+// otherwise by way of rows of vectors. The `members` channels of a group lie side by side in memory.
 template <typename S>
 class TileOutput {
   using T = Compute<S>;
   static constexpr int64_t kLane = kLanes<T>;
 
  public:
-  TileOutput(int64_t pixels, int64_t multiplier)
-      : multiplier_(multiplier), pitch_(pixels * kLane), rows_(multiplier * pitch_), pixel_(multiplier * kLane) {}
+  TileOutput(int64_t pixels, int64_t members)
+      : members_(members), pitch_(pixels * kLane), rows_(members * pitch_), pixel_(members * kLane) {}
 
-  // A row of `tiles` to `to`, whose pixels are `step` apart; of the lanes, `count` are channels. tile(m, j, to, step,
-  // around) computes the one of output channel m of each group that begins with output j.
+  // A row of `tiles` to `to`, whose pixels are `step` apart, of `count` groups. tile(m, j, to, step, around) computes
+  // the one of channel m of every group that begins with output j.
   template <typename Tile>
   REFCONV_INLINE void write(const Tiles<T>& tiles, S* to, int64_t step, int64_t count, bool around, const Tile& tile) {
     if constexpr (sizeof(S) == sizeof(T)) {
-      if (count >= kLane && multiplier_ == 1 && !tiles.overrun()) {
+      if (count >= kLane && members_ == 1 && !tiles.overrun()) {
         return tiles.for_each([&](int64_t j) { tile(0, j, to + j * step, step, around); });
       }
     }
-    for (int64_t m = 0; m < multiplier_; ++m) {
+    for (int64_t m = 0; m < members_; ++m) {
       tiles.for_each([&](int64_t j) { tile(m, j, rows_.data() + m * pitch_ + j * kLane, kLane, false); });
     }
     for (int64_t j = 0; j < tiles.width; ++j) {
-      multiplier_ == 1 ? store_lanes(to + j * step, load(rows_.data() + j * kLane), count)
-                       : interleave(to + j * step, rows_.data() + j * kLane, count);
+      members_ == 1 ? store_lanes(to + j * step, load(rows_.data() + j * kLane), count)
+                    : interleave(to + j * step, rows_.data() + j * kLane, count);
     }
   }
 
  private:
   void interleave(S* to, const T* from, int64_t count) {
-    for (int64_t m = 0; m < multiplier_; ++m, from += pitch_) {
-      for (int64_t lane = 0; lane < count; ++lane) pixel_[lane * multiplier_ + m] = from[lane];
+    for (int64_t m = 0; m < members_; ++m, from += pitch_) {
+      for (int64_t lane = 0; lane < count; ++lane) pixel_[lane * members_ + m] = from[lane];
     }
-    for (int64_t k = 0; k < count * multiplier_; k += kLane) {
-      store_lanes(to + k, load(pixel_.data() + k), count * multiplier_ - k);
+    for (int64_t k = 0; k < count * members_; k += kLane) {
+      store_lanes(to + k, load(pixel_.data() + k), count * members_ - k);
     }
   }
 
-  const int64_t multiplier_, pitch_;
+  const int64_t members_, pitch_;
   Scratch<T> rows_, pixel_;
 };
 

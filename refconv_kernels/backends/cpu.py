@@ -19,6 +19,7 @@ _ADAM_DTYPES = (torch.float32, torch.float64)
 _DTYPES = (*_ADAM_DTYPES, torch.bfloat16, torch.float16)
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)  # PyTorch runs them with oneDNN, the others far slower
 _MOST_PER_GROUP = 16  # input channels of a group: a thread holds that many padded planes
+_FASTER_PER_GROUP_LAST = 4  # of those, up to which the channels_last kernel is faster than PyTorch's
 _WIDE_ROW = 64  # entries of W_r per 2-D kernel from which the kernel takes a matrix product (csrc/cpu/refocus.cpp)
 
 # Multiply-adds of narrower rows up to which PyTorch's call costs more than its loops gain.
@@ -113,8 +114,8 @@ def grouped_conv2d_slower(input: Tensor, weight: Tensor, groups: int, geometry: 
     per_group = weight.shape[1]
     if per_group % 8 == 0:
         return f"in_channels / groups (={per_group}) is a multiple of 8: PyTorch's is faster"
-    if per_group > 1 and (is_channels_last(input) or is_channels_last(weight)):
-        return "channels_last would be copied to NCHW and back: PyTorch's is faster"
+    if per_group > _FASTER_PER_GROUP_LAST and (is_channels_last(input) or is_channels_last(weight)):
+        return f"in_channels / groups (={per_group}) in channels_last: PyTorch's is faster above {_FASTER_PER_GROUP_LAST}"
     return None
 
 

@@ -112,7 +112,7 @@ void channels_last(const Container& from, int64_t batch, int64_t channels, int64
 template <typename T>
 void test_nhwc(const refconv::cpu::GroupedKernels<T>& kernels, const std::string& isa, const GroupedProblem& p) {
   const int64_t x_size = p.batch * p.channels * p.in_size(), y_size = p.batch * p.out_channels() * p.out_size();
-  const Buffer<T> x = random_buffer<T>(x_size), w = random_buffer<T>(p.out_channels() * p.taps());
+  const Buffer<T> x = random_buffer<T>(x_size), w = random_buffer<T>(p.groups() * p.group_taps());
   const Buffer<T> bias = random_buffer<T>(p.out_channels()), dy = random_buffer<T>(y_size);
   const Expected want(p, x.get(), w.get(), bias.get(), dy.get());
   std::vector<double> want_y(y_size), want_dx(x_size);
@@ -121,17 +121,18 @@ void test_nhwc(const refconv::cpu::GroupedKernels<T>& kernels, const std::string
   channels_last(want.dx, p.batch, p.channels, p.in_size(), &want_dx);
   channels_last(x, p.batch, p.channels, p.in_size(), &x_last);
   channels_last(dy, p.batch, p.out_channels(), p.out_size(), &dy_last);
-  const std::string name = isa + Element<T>::name + " nhwc C" + std::to_string(p.channels) + " m" +
-                           std::to_string(p.multiplier) + " K" + std::to_string(p.kernel_h) + "x" +
-                           std::to_string(p.kernel_w) + " s" + std::to_string(p.stride_h) + std::to_string(p.stride_w) +
-                           " " + std::to_string(p.in_h) + "x" + std::to_string(p.in_w);
+  const std::string name = isa + Element<T>::name + " nhwc C" + std::to_string(p.channels) + " g" +
+                           std::to_string(p.per_group) + " m" + std::to_string(p.multiplier) + " K" +
+                           std::to_string(p.kernel_h) + "x" + std::to_string(p.kernel_w) + " s" +
+                           std::to_string(p.stride_h) + std::to_string(p.stride_w) + " " + std::to_string(p.in_h) +
+                           "x" + std::to_string(p.in_w);
   const int64_t out_rows = p.batch * p.out_h;
   Buffer<T> got = poisoned_buffer<T>(y_size);
   kernels.nhwc_forward(p, x_last.get(), w.get(), bias.get(), got.get(), 0, out_rows / 3);
   kernels.nhwc_forward(p, x_last.get(), w.get(), bias.get(), got.get(), out_rows / 3, out_rows);
-  expect_close("forward " + name, got.get(), want_y, p.taps());
+  expect_close("forward " + name, got.get(), want_y, p.per_group * p.taps());
 
-  const int64_t chunks = 3, totals_size = (p.taps() + 1) * p.out_channels();
+  const int64_t chunks = 3, totals_size = (p.per_group * p.taps() + 1) * p.out_channels();
   for (const bool wanted : {true, false}) {
     Buffer<double> totals = poisoned_buffer<double>(chunks * totals_size);
     got = poisoned_buffer<T>(x_size);
@@ -139,9 +140,9 @@ void test_nhwc(const refconv::cpu::GroupedKernels<T>& kernels, const std::string
       kernels.nhwc_backward(p, dy_last.get(), x_last.get(), w.get(), wanted ? got.get() : nullptr, totals.get(), chunks,
                             true, wanted, k, k + 1);
     }
-    Buffer<T> got_dw = poisoned_buffer<T>(p.out_channels() * p.taps());
+    Buffer<T> got_dw = poisoned_buffer<T>(p.groups() * p.group_taps());
     Buffer<T> got_db = poisoned_buffer<T>(p.out_channels());
-    for (const auto& [begin, end] : {std::pair{int64_t{0}, p.channels / 2}, std::pair{p.channels / 2, p.channels}}) {
+    for (const auto& [begin, end] : {std::pair{int64_t{0}, p.groups() / 2}, std::pair{p.groups() / 2, p.groups()}}) {
       kernels.add_chunks(p, true, dy_last.get(), x_last.get(), totals.get(), chunks, got_dw.get(),
                          wanted ? got_db.get() : nullptr, begin, end);
     }
@@ -262,6 +263,11 @@ void test_nhwc_all(const refconv::cpu::InstructionSet& set) {
       test_nhwc(kernels, isa, depthwise(channels, multiplier, 9, 3, 5, 4, 2, 2, 2, 1, 1, 1));
     }
     test_nhwc(kernels, isa, depthwise(33, multiplier, 11, 210, 3, 3, 1, 2, 2, 2, 2, 1));  // several strips
+  }
+  for (const int64_t groups : {1, 3, 8, 16, 17}) {
+    test_nhwc(kernels, isa, grouped(groups, 2, depthwise(0, 3, 6, 11, 3, 3, 1, 1, 1, 1, 1, 1)));
+    test_nhwc(kernels, isa, grouped(groups, 4, depthwise(0, 4, 9, 3, 3, 5, 2, 2, 1, 2, 1, 1)));
+    test_nhwc(kernels, isa, grouped(groups, 3, depthwise(0, 1, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2)));
   }
   test_nhwc(kernels, isa, depthwise(4, 1, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
   test_nhwc(kernels, isa, depthwise(2, 1, 3, 3, 2, 2, 5, 5, 0, 0, 1, 1));
