@@ -1,4 +1,4 @@
-// The kernels of one instruction set: declared here, defined in grouped_*.cpp, turned_planes.cpp, depthwise_nhwc_*.cpp,
+// The kernels of one instruction set: declared here, defined in grouped_*.cpp, turned_planes.cpp, nhwc_*.cpp,
 // add_chunks.cpp, refocus.cpp, thin.cpp and folded_adam.cpp, collected into a Kernels table by table.cpp. All are
 // compiled once per instruction set.
 #pragma once
@@ -16,13 +16,12 @@ void grouped_backward(const GroupedProblem& p, const S* grad_y, const S* x, cons
                       S* grad_bias, int64_t begin, int64_t end);
 
 template <typename S>
-void depthwise_nhwc_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
-                            int64_t end);
+void nhwc_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
+                  int64_t end);
 
 template <typename S>
-void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x,
-                             double* totals, int64_t chunks, bool need_weight, bool need_bias, int64_t begin,
-                             int64_t end);
+void nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
+                   int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end);
 
 // Of problems that has_turned_planes(): what grouped_forward is for them, and their backward.
 template <typename S>
@@ -63,12 +62,12 @@ void folded_adam(const FoldedAdamProblem& p, const T* first, const T* root, cons
 #define REFCONV_INSTANTIATE_GROUPED_BACKWARD(S) \
   template void grouped_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, S*, S*, int64_t, int64_t);
 
-#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC_FORWARD(S) \
-  template void depthwise_nhwc_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);
+#define REFCONV_INSTANTIATE_NHWC_FORWARD(S) \
+  template void nhwc_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);
 
-#define REFCONV_INSTANTIATE_DEPTHWISE_NHWC_BACKWARD(S)                                                                \
-  template void depthwise_nhwc_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, double*, int64_t, \
-                                           bool, bool, int64_t, int64_t);
+#define REFCONV_INSTANTIATE_NHWC_BACKWARD(S)                                                                      \
+  template void nhwc_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, double*, int64_t, bool, \
+                                 bool, int64_t, int64_t);
 
 #define REFCONV_INSTANTIATE_TURNED(S)                                                                               \
   template void turned_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);       \

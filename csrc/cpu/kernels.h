@@ -122,7 +122,7 @@ template <> inline FoldedAdamKernel<double> Kernels::folded_adam() const { retur
   return has_planes_3x3(p) && element_bytes <= 4 && vector_bytes == 64 && p.out_w <= 8 && p.in_w <= 16;
 }
 
-// Whether channels_last maps have the loops of depthwise_nhwc_3x3.h.
+// Whether channels_last maps have the loops of nhwc_3x3.h.
 [[maybe_unused]] static bool has_nhwc_3x3(const GroupedProblem& p) {
   return p.multiplier == 1 && p.per_group == 1 && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == p.stride_w &&
          p.stride_w <= 2 && p.pad_h <= 1 && p.pad_w <= 1 && p.dilation_h == 1 && p.dilation_w == 1;

@@ -6,8 +6,7 @@ namespace {
 
 template <typename S>
 constexpr GroupedKernels<S> kGrouped = {
-    grouped_forward<S>,        grouped_backward<S>,        turned_backward<S>,
-    depthwise_nhwc_forward<S>, depthwise_nhwc_backward<S>, add_chunks<S>,
+    grouped_forward<S>, grouped_backward<S>, turned_backward<S>, nhwc_forward<S>, nhwc_backward<S>, add_chunks<S>,
 };
 
 template <typename S>

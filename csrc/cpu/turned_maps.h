@@ -2,7 +2,7 @@
 // for tiny 3x3 problems pixel by pixel.
 #pragma once
 
-#include "depthwise_nhwc.h"
+#include "nhwc.h"
 #include "scratch.h"
 
 namespace refconv::cpu::REFCONV_ISA {

@@ -2,7 +2,7 @@
 //
 // Equations: csrc/problem.h. Lanes are groups (channels, if depthwise). Strips of rows that fit the second cache are
 // gone through for one vector of them after the other, by way of a few rows of it in the first cache (lane_rows.h); the
-// next strip is fetched meanwhile, in the order of memory. 3x3 kernels have loops of their own (depthwise_nhwc_3x3.h).
+// next strip is fetched meanwhile, in the order of memory. 3x3 kernels have loops of their own (nhwc_3x3.h).
 #pragma once
 
 #include "elements.h"

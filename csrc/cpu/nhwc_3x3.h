@@ -2,7 +2,7 @@
 // and the sums stay in registers, and every pixel is loaded once per row of taps.
 #pragma once
 
-#include "depthwise_nhwc.h"
+#include "nhwc.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {

@@ -4,9 +4,9 @@
 // threads, and they are added up in order: the result is the same for any number of threads.
 // Bytes: reads x and dy once, writes dx once.
 // Accumulation: dx in the compute type; dW and dbias in it over a strip of rows, then in double.
-#include "depthwise_nhwc.h"
-#include "depthwise_nhwc_3x3.h"
 #include "entry_points.h"
+#include "nhwc.h"
+#include "nhwc_3x3.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
@@ -194,9 +194,8 @@ template class NhwcBackward<float>;
 template class NhwcBackward<double>;
 
 template <typename S>
-void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x,
-                             double* totals, int64_t chunks, bool need_weight, bool need_bias, int64_t begin,
-                             int64_t end) {
+void nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
+                   int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end) {
   using T = Compute<S>;
   const OwnTaps<S> taps(p, weight);
   NhwcBackward<S> backward(p, grad_x != nullptr, need_weight);
@@ -230,9 +229,9 @@ void depthwise_nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* 
   if (maps == Maps::kAround) end_streams();
 }
 
-REFCONV_INSTANTIATE_DEPTHWISE_NHWC_BACKWARD(float)
-REFCONV_INSTANTIATE_DEPTHWISE_NHWC_BACKWARD(double)
-REFCONV_INSTANTIATE_DEPTHWISE_NHWC_BACKWARD(BFloat16)
-REFCONV_INSTANTIATE_DEPTHWISE_NHWC_BACKWARD(Half)
+REFCONV_INSTANTIATE_NHWC_BACKWARD(float)
+REFCONV_INSTANTIATE_NHWC_BACKWARD(double)
+REFCONV_INSTANTIATE_NHWC_BACKWARD(BFloat16)
+REFCONV_INSTANTIATE_NHWC_BACKWARD(Half)
 
 }  // namespace refconv::cpu::REFCONV_ISA

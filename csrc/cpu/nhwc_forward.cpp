@@ -1,9 +1,9 @@
 // Convolution with few channels per group, or one (depthwise), on channels_last feature maps, forward.
 //
 // Bytes: reads x and writes y once.
-#include "depthwise_nhwc.h"
-#include "depthwise_nhwc_3x3.h"
 #include "entry_points.h"
+#include "nhwc.h"
+#include "nhwc_3x3.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
@@ -120,8 +120,8 @@ template class NhwcForward<float>;
 template class NhwcForward<double>;
 
 template <typename S>
-void depthwise_nhwc_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
-                            int64_t end) {
+void nhwc_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
+                  int64_t end) {
   const OwnTaps<S> taps(p, weight);
   NhwcForward<S> forward(p);
   const Maps maps = maps_of(p, y, p.batch * p.out_size());
@@ -134,9 +134,9 @@ void depthwise_nhwc_forward(const GroupedProblem& p, const S* x, const S* weight
   if (maps == Maps::kAround) end_streams();
 }
 
-REFCONV_INSTANTIATE_DEPTHWISE_NHWC_FORWARD(float)
-REFCONV_INSTANTIATE_DEPTHWISE_NHWC_FORWARD(double)
-REFCONV_INSTANTIATE_DEPTHWISE_NHWC_FORWARD(BFloat16)
-REFCONV_INSTANTIATE_DEPTHWISE_NHWC_FORWARD(Half)
+REFCONV_INSTANTIATE_NHWC_FORWARD(float)
+REFCONV_INSTANTIATE_NHWC_FORWARD(double)
+REFCONV_INSTANTIATE_NHWC_FORWARD(BFloat16)
+REFCONV_INSTANTIATE_NHWC_FORWARD(Half)
 
 }  // namespace refconv::cpu::REFCONV_ISA
