@@ -73,8 +73,8 @@ int64_t zeros_behind(const Lattices& lattices, const GroupedProblem& p) {
 // Rows of x whose data, with that of dy, fit a strip.
 template <typename S>
 int64_t strip_of(const GroupedProblem& p) {
-  const int64_t row = (p.in_w + p.multiplier * p.out_w / p.stride_h) * p.channels * static_cast<int64_t>(sizeof(S));
-  return most(1, least(kStripBytes / row, kStripTerms / p.in_w));
+  const int64_t row = p.in_w * p.channels + p.out_w * p.out_channels() / p.stride_h;
+  return most(1, least(kStripBytes / (row * static_cast<int64_t>(sizeof(S))), kStripTerms / p.in_w));
 }
 
 }  // namespace
@@ -131,7 +131,7 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
         }
       }
       const int64_t of_one = met / p_.per_group;  // rows that an input channel meets
-      if (need_weight_ && met > 0) {
+      if (need_weight_ && met > 0) {              // the sums lie as the weights do
         x_.take_groups(0, x + row * x_pitch + g * p_.per_group, p_.channels, count, p_.per_group, pixel_.data());
         for (int64_t k = 0; k < met; ++k) {
           add(x_.row(k / of_one), met_[k].pixels + left_ * kLane, p_.out_w, p_.stride_w, p_.dilation_w, p_.kernel_w,
