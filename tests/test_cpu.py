@@ -146,6 +146,24 @@ def test_infinity_reaches_only_the_taps_that_see_it(
 @needs_native
 @pytest.mark.usefixtures("_isa")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("kernel", [3, 5, 7, 9])
+def test_sums_over_large_maps_stay_accurate(kernel: int, layout: torch.memory_format) -> None:
+    """Equal terms round the same way every time: 3136 of them in one float32 would be 4e-5 off."""
+    channels, size = 16, 56
+    x, weight = torch.ones(1, channels, size, size), torch.zeros(channels, 1, kernel, kernel)
+    dy = torch.linspace(0.1, 1.9, channels).reshape(1, -1, 1, 1).expand(x.shape)
+    pairs = [(s, s) for s in (1, kernel // 2, 1)]
+    op = torch.ops.refconv_cpu.grouped_conv2d_backward.default
+    got = op(*(t.contiguous(memory_format=layout) for t in (dy, x)), weight, *map(list, pairs), False, True, True)[1:]
+    doubles = (t.double() for t in (dy, x, weight))
+    want = reference.conv2d_backward(*doubles, *pairs, channels, (False, True, True))[1:]
+    for gradient, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(gradient.double(), exact, rtol=1.5e-5, atol=0)
+
+
+@needs_native
+@pytest.mark.usefixtures("_isa")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_number_is_read_and_written(dtype: torch.dtype, layout: torch.memory_format) -> None:
     """Infinities, NaN of every kind and subnormal numbers too; the lengths of rows straddle the vectors."""

@@ -139,10 +139,12 @@ void chunked_backward(const GroupedProblem& p, bool nhwc, const S* dy, const S* 
   const auto& kernels = grouped_kernels<S>(p, nhwc);
   const auto kernel = nhwc ? kernels.nhwc_backward : kernels.turned_backward;
   const int64_t chunks = nhwc ? nhwc_chunks(p) : turned_chunks(p), tasks = nhwc ? chunks : chunks * p.channels;
-  const std::unique_ptr<double[]> totals(new double[static_cast<size_t>(chunks * (p.per_group * p.taps() + 1) * p.out_channels())]);
-  parallel(tasks, 2 * p.batch * p.in_size() * p.out_channels() / tasks * p.per_group * p.taps(), [&](int64_t begin, int64_t end) {
-    kernel(p, dy, x, w, dx, totals.get(), chunks, dw != nullptr, db != nullptr, begin, end);
-  });
+  const std::unique_ptr<double[]> totals(
+      new double[static_cast<size_t>(chunks * (p.per_group * p.taps() + 1) * p.out_channels())]);
+  parallel(tasks, 2 * p.batch * p.in_size() * p.out_channels() / tasks * p.per_group * p.taps(),
+           [&](int64_t begin, int64_t end) {
+             kernel(p, dy, x, w, dx, totals.get(), chunks, dw != nullptr, db != nullptr, begin, end);
+           });
   parallel(p.groups(), chunks * p.multiplier * (p.per_group * p.taps() + 1), [&](int64_t begin, int64_t end) {
     kernels.add_chunks(p, nhwc, dy, x, totals.get(), chunks, dw, db, begin, end);
   });

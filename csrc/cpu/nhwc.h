@@ -83,6 +83,7 @@ class NhwcBackward {
 namespace {
 
 constexpr int64_t kStripBytes = 128 << 10;  // of the maps that are read
+constexpr int64_t kStripTerms = 1024;       // added up in one lane before they move on to a double
 
 // FULL: all lanes are channels; otherwise the first `count`.
 template <bool FULL, typename S>

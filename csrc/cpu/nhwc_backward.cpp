@@ -11,8 +11,6 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-constexpr int64_t kStripTerms = 1024;  // added up in one lane before they move on to a double
-
 // Adds the pixels of rows of dy to totals [out_channels].
 template <typename S>
 void add_rows(const GroupedProblem& p, const S* grad_y, double* totals, int64_t begin, int64_t end) {

@@ -31,9 +31,15 @@ class ImageMaps {
   void forward(TapMajor<const T> weight, const T* bias) {
     forward_.run(weight, x_.data(), bias, y_.data(), 0, p_.out_h, Maps::kCached);
   }
-  // dx, where y is dy; adds to the sums of dW.
-  void backward(TapMajor<const T> weight, TapMajor<T> total) {
-    backward_.run(weight, y_.data(), x_.data(), dx_.data(), 0, p_.in_h, total, Maps::kCached);
+  // dx, where y is dy; adds to the sums of dW, and calls added(terms) meanwhile.
+  template <typename Added>
+  void backward(TapMajor<const T> weight, TapMajor<T> total, const Added& added) {
+    const int64_t strip = most(1, kStripTerms / 2 / p_.in_w);  // (of channels_last maps, few have that many)
+    for (int64_t i = 0; i < p_.in_h; i += strip) {
+      const int64_t rows = least(strip, p_.in_h - i);
+      backward_.run(weight, y_.data(), x_.data(), dx_.data(), i, rows, total, Maps::kCached);
+      added(rows * p_.in_w);
+    }
   }
 
  private:
@@ -86,7 +92,8 @@ class PaddedMaps {
   }
 
   // Scatters dy: every pixel of it meets nine of x.
-  void backward(TapMajor<const T> weight, TapMajor<T> total) {
+  template <typename Added>
+  void backward(TapMajor<const T> weight, TapMajor<T> total, const Added& added) {
     dx_.clear();
     Vec<T> w[9], sum[9];
     for (int t = 0; t < 9; ++t) w[t] = load(weight.at(t, 0)), sum[t] = load(total.at(t, 0));
@@ -104,6 +111,7 @@ class PaddedMaps {
       }
     }
     for (int t = 0; t < 9; ++t) store(total.at(t, 0), sum[t]);
+    added(p_.out_size());
   }
 
  private:

@@ -42,21 +42,24 @@ class Block {
     turn_out([&](int64_t k) { return load(maps_.y(k)); }, p_.out_size(), count, y);
   }
 
-  // dx of `count` planes, unless null; adds to the sums of dW, and of dbias unless null. The planes that follow, if
-  // any, are `step` planes further.
+  // dx of `count` planes, unless null; adds to the sums of dW, and of dbias unless null. added(n) is called whenever
+  // they got up to n more terms. The planes that follow, if any, are `step` planes further.
+  template <typename Added>
   void backward(const S* grad_y, const S* x, S* grad_x, int64_t count, int64_t step, bool fetch_dx, TapMajor<T> total,
-                T* total_bias) {
+                T* total_bias, const Added& added) {
     const int64_t in_size = p_.in_size(), out_size = p_.out_size();
     const S *next_x = step != 0 ? x + step * in_size : nullptr, *next_dy = grad_y + step * out_size;
     turn_in<S>({x, in_size, count, next_x, fetch_dx ? grad_x : nullptr, in_size},
                [&](int64_t k, Vec<T> v) { store(maps_.x(k), v); });
     turn_in<S>({grad_y, out_size, count, step != 0 ? next_dy : nullptr, nullptr, 0},
                [&](int64_t k, Vec<T> v) { store(maps_.y(k), v); });
-    maps_.backward({weight_.data(), kLane}, total);
-    if (total_bias != nullptr) {
+    maps_.backward({weight_.data(), kLane}, total, added);
+    for (int64_t k = 0; total_bias != nullptr && k < out_size;) {
+      const int64_t terms = least(kTermsInLanes, out_size - k);
       Vec<T> sum = load(total_bias);
-      for (int64_t k = 0; k < out_size; ++k) sum += load(maps_.y(k));
+      for (const int64_t last = k + terms; k < last; ++k) sum += load(maps_.y(k));
       store(total_bias, sum);
+      added(terms);
     }
     if (grad_x != nullptr) turn_out([&](int64_t k) { return load(maps_.dx(k)); }, in_size, count, grad_x);
   }
@@ -112,21 +115,26 @@ void backward_blocks(const GroupedProblem& p, const S* grad_y, const S* x, const
     }
     const int64_t last = p.batch * (chunk + 1) / chunks;
     int64_t terms = 0;
-    for (int64_t n = p.batch * chunk / chunks; n < last; ++n) {
-      const int64_t plane = n * p.channels + channel;
-      S* target = grad_x != nullptr ? grad_x + plane * p.in_size() : nullptr;
-      block.backward(grad_y + plane * p.out_size(), x + plane * p.in_size(), streamed ? out.data() : target, count,
-                     n + 1 < p.batch ? p.channels : 0, !streamed, {lanes.data(), kLane},
-                     need_bias ? lanes.data() + p.taps() * kLane : nullptr);
-      if (streamed) stream(target, out.data(), count * p.in_size());
-      terms += p.out_size();
-      if (terms < kTermsInLanes && n + 1 < last) continue;
+    const auto move_on = [&] {
       terms = 0;
       for (int64_t t = 0; t < rows; ++t) {
         for (int64_t r = 0; r < count; ++r) sums[t * p.channels + r] += static_cast<double>(lanes[t * kLane + r]);
       }
       lanes.clear();
+    };
+    const auto added = [&](int64_t more) {
+      terms += more;
+      if (terms >= kTermsInLanes) move_on();
+    };
+    for (int64_t n = p.batch * chunk / chunks; n < last; ++n) {
+      const int64_t plane = n * p.channels + channel;
+      S* target = grad_x != nullptr ? grad_x + plane * p.in_size() : nullptr;
+      block.backward(grad_y + plane * p.out_size(), x + plane * p.in_size(), streamed ? out.data() : target, count,
+                     n + 1 < p.batch ? p.channels : 0, !streamed, {lanes.data(), kLane},
+                     need_bias ? lanes.data() + p.taps() * kLane : nullptr, added);
+      if (streamed) stream(target, out.data(), count * p.in_size());
     }
+    move_on();
   }
   if (streamed) end_streams();
 }

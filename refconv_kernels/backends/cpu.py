@@ -114,8 +114,9 @@ def grouped_conv2d_slower(input: Tensor, weight: Tensor, groups: int, geometry: 
     per_group = weight.shape[1]
     if per_group % 8 == 0:
         return f"in_channels / groups (={per_group}) is a multiple of 8: PyTorch's is faster"
-    if per_group > _FASTER_PER_GROUP_LAST and (is_channels_last(input) or is_channels_last(weight)):
-        return f"in_channels / groups (={per_group}) in channels_last: PyTorch's is faster above {_FASTER_PER_GROUP_LAST}"
+    most = _FASTER_PER_GROUP_LAST
+    if per_group > most and (is_channels_last(input) or is_channels_last(weight)):
+        return f"in_channels / groups (={per_group}) in channels_last: PyTorch's is faster above {most}"
     return None
 
 
