@@ -146,11 +146,6 @@ class OwnTaps {
   Scratch<T> data_;
 };
 
-// A range of taps in both directions.
-struct Window {
-  int64_t top, bottom, left, right;
-};
-
 // The taps t for which first + t * step lies in [0, size).
 inline void clip(int64_t first, int64_t step, int64_t size, int64_t taps, int64_t* begin, int64_t* end) {
   *begin = first < 0 ? least(taps, ceil_div(-first, step)) : 0;
