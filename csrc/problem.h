@@ -79,6 +79,17 @@ struct FoldedAdamProblem {
   int64_t root_size() const { return rank * (rank + 1) / 2; }
 };
 
+// SGD on W_r from dW_t, and the W_t of the next step. Per entry of W_r, with its gradient dW_r (of RefocusProblem):
+//   d = (maximize ? -dW_r : dW_r) + weight_decay W_r
+//   m <- first ? d : momentum m + (1 - dampening) d      (only if momentum is not 0)
+//   W_r <- W_r - lr (momentum is 0 ? d : nesterov ? d + momentum m : m)
+struct FusedSgdProblem {
+  RefocusProblem transformation;
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+  bool first;  // m holds nothing yet
+};
+
 // Element types that are stored in 16 bits and computed with in float.
 struct BFloat16 {
   uint16_t bits;

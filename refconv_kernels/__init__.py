@@ -5,7 +5,7 @@ from refconv_kernels.convert import refocus, reparameterize
 from refconv_kernels.forms import full_to_thin, thin_to_full
 from refconv_kernels.modules import RefConv2d
 from refconv_kernels.ops import current_backend, use_backend
-from refconv_kernels.optim import FoldedAdamW
+from refconv_kernels.optim import FoldedAdamW, FusedSGD
 from refconv_kernels.summary import summary
 from refconv_kernels.transforms import RefocusingTransformation, ThinRefocusingTransformation
 from refconv_kernels.variants import VARIANTS, ParallelRefocusing, StackedRefocusing, variant
@@ -13,6 +13,7 @@ from refconv_kernels.variants import VARIANTS, ParallelRefocusing, StackedRefocu
 __all__ = [
     "VARIANTS",
     "FoldedAdamW",
+    "FusedSGD",
     "ParallelRefocusing",
     "RefConv2d",
     "RefocusingTransformation",

@@ -146,7 +146,7 @@ def _problem(arguments: argparse.Namespace) -> int:
     try:
         with nullcontext() if arguments.device == "cpu" else FakeTensorMode():
             problem = _tensors(arguments)
-        chosen = ops.choose(operator, *problem, optional=operator in (*_TWO_STEPS, "folded_adam"))
+        chosen = ops.choose(operator, *problem, optional=operator in (*_TWO_STEPS, "folded_adam", "fused_sgd"))
     except ValueError as error:
         arguments.fail(str(error))
     except (RuntimeError, TypeError) as error:  # more than memory holds; or the backend asked for does not cover it
@@ -191,7 +191,7 @@ def _tensors(arguments: argparse.Namespace) -> tuple[object, ...]:
     transformed: tuple[torch.Tensor, ...] = ()  # what of the transformation
     if arguments.problem != "grouped_conv2d" and kernels % groups != 0:
         raise ValueError(f"--weight has {kernels} kernels, which --groups (={groups}) must divide")
-    if arguments.problem in ("refocus_weight", "refconv2d"):
+    if arguments.problem in ("refocus_weight", "fused_sgd", "refconv2d"):
         transformed = (torch.empty((kernels, groups, 3, 3), **factory),)
     elif arguments.problem in ("thin_refocus_weight", "thin_refconv2d"):
         rank = min(9 * groups, size)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,10 @@ from torch import Tensor, nn
 
 from refconv_kernels import checkpoints, functional, thin
 from refconv_kernels.autocast import no_autocast
+from refconv_kernels.autograd import KnownWeight, apply
 from refconv_kernels.checks import check_groups, check_map_size, check_padding, is_all_zero, pair
+from refconv_kernels.kept import KeptWeight
+from refconv_kernels.ops import still_chosen
 from refconv_kernels.transforms import RefocusingTransformation, ThinRefocusingTransformation
 
 __all__ = ["RefConv2d"]
@@ -147,7 +149,8 @@ class RefConv2d(nn.Module):
                 "the default transformation; leave them out when transform is given"
             )
         self._folded_requires_grad = True  # of the weight that fuse() returns
-        self._kept: tuple[list[Any], Tensor] | None = None
+        self._kept: KeptWeight | None = None  # in eval mode
+        self._ahead: tuple[KeptWeight, str] | None = None  # from an optimizer, for the next forward
         self._reset_convolution()
         if transform is not None:
             self.transform = transform
@@ -277,6 +280,14 @@ class RefConv2d(nn.Module):
         geometry = self.bias, self.stride, self.padding, self.dilation, self.groups
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return functional.conv2d(input, self._kept_weight(), *geometry, padding_mode=self.padding_mode)
+        ahead = self._weight_ahead()
+        if ahead is not None:
+            try:
+                if self.padding_mode == "zeros":  # microseconds less
+                    return nn.functional.conv2d(input, ahead, *geometry)
+            except (RuntimeError, TypeError):
+                pass  # below it says what is wrong
+            return functional.conv2d(input, ahead, *geometry, padding_mode=self.padding_mode)
         transform: Any = self.transform
         form = _FORM_OF.get(type(transform))
         if form is None or any(map(vars(transform).get, _HOOKS)):
@@ -289,32 +300,46 @@ class RefConv2d(nn.Module):
 
     def _kept_weight(self) -> Tensor:
         sources = [self.basis_weight, *self.transform.parameters(), *self.transform.buffers()]
-        try:
-            state = [(t.data_ptr(), t._version) for t in sources]
-        except RuntimeError:  # inference tensors have no version, functorch's wrappers no address
-            return self.weight
-        if self._kept is not None:
-            kept, weight = self._kept
-            if len(kept) == len(sources) and all(
-                ref() is t and seen == now for (ref, seen), t, now in zip(kept, sources, state, strict=True)
-            ):
-                return weight
-        weight = self.weight
-        self._kept = [(weakref.ref(t), now) for t, now in zip(sources, state, strict=True)], weight
-        return weight
+        if self._kept is None or not self._kept.is_of(sources):
+            weight = self.weight
+            self._kept = KeptWeight.of(weight, sources)
+            return weight
+        return self._kept.weight
+
+    def keep_ahead(self, weight: Tensor, backend: str) -> None:
+        """Take ``W_t`` of the parameters as they are now, ``[C_out, C_in/groups, K_h, K_w]``, from an optimizer that
+        computed it with ``backend``. Training uses it until a parameter changes, and leaves the optimizer ``dW_t``
+        (:class:`~refconv_kernels.autograd.DeferredGradient`). For the full form, with a frozen basis."""
+        kept = KeptWeight.of(weight.detach(), (self.basis_weight, self.transform.weight))  # type: ignore[arg-type]
+        self._ahead = None if kept is None else (kept, backend)
+
+    def _weight_ahead(self) -> Tensor | None:
+        """``W_t`` as an optimizer left it; None where it must be computed."""
+        if self._ahead is None or torch.compiler.is_compiling():
+            return None
+        basis, transform, (kept, backend) = self.basis_weight, self.transform, self._ahead
+        refocus: Any = transform.weight
+        if not kept.is_of((basis, refocus)):
+            self._ahead = None
+            return None
+        if not torch.is_grad_enabled() or basis.requires_grad or not refocus.requires_grad:
+            return None
+        if torch._C._are_functorch_transforms_active() or any(map(vars(transform).get, _HOOKS)):
+            return None
+        return apply(KnownWeight, basis, refocus, kept.weight, backend) if still_chosen(backend) else None
 
     # --- state --------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> RefConv2d:
-        self._kept = None
+        self._kept = self._ahead = None
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RefConv2d:
-        self._kept = None
+        self._kept = self._ahead = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_ahead": None}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -345,7 +370,7 @@ class RefConv2d(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self._kept = None
+        self._kept = self._ahead = None
         errors = checkpoints.prepare(self, state_dict, prefix, bool(local_metadata.get("assign_to_params_buffers")))
         if errors:
             error_msgs.extend(errors)

@@ -119,8 +119,7 @@ def choose(operator: str, *problem: Any, optional: bool = False) -> str:
     Raises:
         RuntimeError: a backend was asked for by name and does not cover the problem.
     """
-    # The flag behind torch.compiler.is_exporting(), which torch 2.11 takes for True in whatever it compiles.
-    if _wanted == "reference" or torch.compiler._is_exporting_flag or forward_ad._current_level >= 0:
+    if not _kernels_may_run():
         return "reference"
     kernels = KERNELS[operator]
     if _wanted == "auto":
@@ -136,3 +135,13 @@ def choose(operator: str, *problem: Any, optional: bool = False) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {_wanted!r} does not cover this {operator}: {reason}")
     return _wanted
+
+
+def still_chosen(backend: str) -> bool:
+    """Whether :func:`choose`, which answered ``backend`` before, would not answer otherwise by now."""
+    return _wanted in ("auto", backend) and _kernels_may_run()
+
+
+def _kernels_may_run() -> bool:
+    # The flag behind torch.compiler.is_exporting(), which torch 2.11 takes for True in whatever it compiles.
+    return _wanted != "reference" and not torch.compiler._is_exporting_flag and forward_ad._current_level < 0

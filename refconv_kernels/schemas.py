@@ -35,6 +35,10 @@ SCHEMAS = {
         "(Tensor first, Tensor root, Tensor gradient, Tensor rotation, float keep, float scale_first, "
         "float scale_second, float eps) -> (Tensor, Tensor)"
     ),
+    "fused_sgd": (  # transformed is dW_t before and W_t after; momentum_buffer is empty if there is no momentum
+        "(Tensor basis, Tensor(a!) transformed, Tensor(b!) refocus, Tensor(c!) momentum_buffer, bool identity, float lr, "
+        "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first) -> ()"
+    ),
     "thin_refocus_weight": "(Tensor basis, Tensor coordinates, Tensor factor, bool identity) -> Tensor",
     "thin_refocus_weight_backward": "(Tensor grad_transformed, Tensor factor) -> Tensor",
     "thin_refconv2d": (
@@ -182,6 +186,10 @@ def _fake_folded_adam(
     return first.new_empty(first.shape), root.new_empty(root.shape)
 
 
+def _fake_fused_sgd(*arguments: Any) -> None:
+    """Nothing comes back."""
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "refocus_weight": _fake_refocus_weight,
     "refocus_weight_backward": _fake_refocus_weight_backward,
@@ -190,6 +198,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "refconv2d": _fake_refconv2d,
     "refconv2d_backward": _fake_refconv2d_backward,
     "folded_adam": _fake_folded_adam,
+    "fused_sgd": _fake_fused_sgd,
     "thin_refocus_weight": _fake_thin_refocus_weight,
     "thin_refocus_weight_backward": _fake_thin_refocus_weight_backward,
     "thin_refconv2d": _fake_thin_refconv2d,

@@ -145,6 +145,10 @@ def _samples(name: str, case: Case, own: bool = True) -> tuple[object, ...]:
         return first, root, torch.randn_like(first), torch.randn(1, 4, 9 * case.groups), 0.9, 1.0, 1.0, 0.1
     if name == "refocus_weight":
         return basis, refocus, True
+    if name == "fused_sgd":
+        basis = torch.randn(4, 5, 3, 3)
+        others = torch.randn(4, 5, 3, 3), torch.randn(20, 1, 3, 3), torch.randn(20, 1, 3, 3)
+        return basis, *others, True, 0.1, 0.9, 0.0, 0.01, False, False, False
     if name == "refocus_weight_backward":
         return torch.randn_like(basis), basis, case.groups, case.map_size
     if name == "grouped_conv2d":
@@ -171,7 +175,7 @@ def _samples(name: str, case: Case, own: bool = True) -> tuple[object, ...]:
 @pytest.mark.parametrize("name", operators("cpu"))
 @pytest.mark.parametrize("case", [c for c in SMALL if not isinstance(c.padding, str)], ids=str)
 def test_opcheck(name: str, case: Case) -> None:
-    weights_only = name.removeprefix("thin_").startswith("refocus")
+    weights_only = name.removeprefix("thin_").startswith(("refocus", "fused_sgd"))
     if not weights_only and "depthwise" not in case.name:
         case = SMALL[0]
     op, samples = getattr(torch.ops.refconv_cpu, name).default, _samples(name, case)

@@ -13,6 +13,7 @@
 STABLE_TORCH_LIBRARY_IMPL(refconv_cpu, CPU, m) {
   using namespace refconv::bindings;
   m.impl("folded_adam", TORCH_BOX(&folded_adam));
+  m.impl("fused_sgd", TORCH_BOX(&fused_sgd));
   m.impl("grouped_conv2d", TORCH_BOX(&grouped_conv2d));
   m.impl("grouped_conv2d_backward", TORCH_BOX(&grouped_conv2d_backward));
   m.impl("refconv2d", TORCH_BOX(&refconv2d));

@@ -38,6 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> torch_conv2d_backward(const Tensor& grad_outp
                                                          bool need_input, bool need_weight, bool need_bias);
 
 // weights.cpp
+// A transformation by the sizes of its tensors; throws where they do not fit.
+RefocusProblem refocus_problem(const Tensor& basis, int64_t group_size, int64_t map_size, bool identity);
 Tensor refocus_weight(const Tensor& basis, const Tensor& refocus, bool identity);
 Tensor refocus_weight_backward(const Tensor& grad_transformed, const Tensor& basis, int64_t group_size,
                                int64_t map_size);
@@ -77,5 +79,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> thin_refconv2d_backward(const Tensor&
 std::tuple<Tensor, Tensor> folded_adam(const Tensor& first, const Tensor& root, const Tensor& gradient,
                                        const Tensor& rotation, double keep, double scale_first, double scale_second,
                                        double eps);
+// SGD's step on W_r and its momentum (empty if that is 0), in place, and W_t in the place of dW_t (csrc/problem.h).
+void fused_sgd(const Tensor& basis, const Tensor& transformed, const Tensor& refocus, const Tensor& momentum_buffer,
+               bool identity, double lr, double momentum, double dampening, double weight_decay, bool nesterov,
+               bool maximize, bool first);
 
 }  // namespace refconv::bindings

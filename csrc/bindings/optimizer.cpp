@@ -30,4 +30,37 @@ std::tuple<Tensor, Tensor> folded_adam(const Tensor& first, const Tensor& root, 
   return {direction, updated};
 }
 
+void fused_sgd(const Tensor& basis, const Tensor& transformed, const Tensor& refocus, const Tensor& momentum_buffer,
+               bool identity, double lr, double momentum, double dampening, double weight_decay, bool nesterov,
+               bool maximize, bool first) {
+  check_like(refocus, basis, 4);
+  check_like(transformed, basis, 4);
+  const bool moves = momentum != 0;
+  const FusedSgdProblem p{
+      refocus_problem(basis, refocus.size(1), refocus.size(2), identity),
+      lr,
+      momentum,
+      dampening,
+      weight_decay,
+      nesterov,
+      maximize,
+      first,
+  };
+  STD_TORCH_CHECK(cpu::is_dense_3x3(p.transformation) && refocus.size(3) == 3 &&
+                      refocus.size(0) == p.transformation.kernels && transformed.numel() == basis.numel() &&
+                      (!moves || momentum_buffer.numel() == basis.numel()),
+                  "refocus must be [kernels, 1, 3, 3], and basis, transformed and momentum_buffer as large");
+  STD_TORCH_CHECK(momentum_buffer.scalar_type() == basis.scalar_type() && basis.is_contiguous() &&
+                      transformed.is_contiguous() && refocus.is_contiguous() && momentum_buffer.is_contiguous(),
+                  "all tensors must be contiguous and of one dtype");
+  for_dtype(basis, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto kernel = cpu::instruction_set().kernels.fused_sgd<T>();
+    const T* b = data<T>(basis);
+    T *t = mutable_data<T>(transformed), *r = mutable_data<T>(refocus);
+    T* m = moves ? mutable_data<T>(momentum_buffer) : nullptr;
+    parallel(p.transformation.kernels, 2 * 81, [&](int64_t begin, int64_t end) { kernel(p, b, t, r, m, begin, end); });
+  });
+}
+
 }  // namespace refconv::bindings

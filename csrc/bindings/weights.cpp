@@ -9,6 +9,8 @@ const refconv::cpu::RefocusKernels<S>& refocus_kernels() {
   return refconv::cpu::instruction_set().kernels.refocus<S>();
 }
 
+}  // namespace
+
 RefocusProblem refocus_problem(const Tensor& basis, int64_t group_size, int64_t map_size, bool identity) {
   check_like(basis, basis, 4);
   RefocusProblem p{};
@@ -21,8 +23,6 @@ RefocusProblem refocus_problem(const Tensor& basis, int64_t group_size, int64_t 
                   "group_size must divide the number of 2-D kernels and map_size must be odd");
   return p;
 }
-
-}  // namespace
 
 Tensor refocus_weight(const Tensor& basis, const Tensor& refocus, bool identity) {
   check_like(refocus, basis, 4);

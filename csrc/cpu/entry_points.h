@@ -1,6 +1,6 @@
 // The kernels of one instruction set: declared here, defined in grouped_*.cpp, turned_planes.cpp, nhwc_*.cpp,
-// add_chunks.cpp, refocus.cpp, thin.cpp and folded_adam.cpp, collected into a Kernels table by table.cpp. All are
-// compiled once per instruction set.
+// add_chunks.cpp, refocus.cpp, thin.cpp, folded_adam.cpp and fused_sgd.cpp, collected into a Kernels table by
+// table.cpp. All are compiled once per instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -56,6 +56,10 @@ template <typename T>
 void folded_adam(const FoldedAdamProblem& p, const T* first, const T* root, const T* gradient, const T* rotation,
                  T* updated, T* direction, int64_t begin, int64_t end);
 
+template <typename T>
+void fused_sgd(const FusedSgdProblem& p, const T* basis, T* transformed, T* refocus, T* momentum, int64_t begin,
+               int64_t end);
+
 #define REFCONV_INSTANTIATE_GROUPED_FORWARD(S) \
   template void grouped_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);
 
@@ -89,5 +93,8 @@ void folded_adam(const FoldedAdamProblem& p, const T* first, const T* root, cons
 #define REFCONV_INSTANTIATE_FOLDED_ADAM(T)                                                                        \
   template void folded_adam<T>(const FoldedAdamProblem&, const T*, const T*, const T*, const T*, T*, T*, int64_t, \
                                int64_t);
+
+#define REFCONV_INSTANTIATE_FUSED_SGD(T) \
+  template void fused_sgd<T>(const FusedSgdProblem&, const T*, T*, T*, T*, int64_t, int64_t);
 
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -61,6 +61,12 @@ template <typename T>
 using FoldedAdamKernel = void (*)(const FoldedAdamProblem&, const T* first, const T* root, const T* gradient,
                                   const T* rotation, T* updated, T* direction, int64_t begin, int64_t end);
 
+// Tasks: the 2-D kernels. transformed is dW_t before and W_t after. For is_dense_3x3() transformations; momentum may be
+// null if that of the problem is 0.
+template <typename T>
+using FusedSgdKernel = void (*)(const FusedSgdProblem&, const T* basis, T* transformed, T* refocus, T* momentum,
+                                int64_t begin, int64_t end);
+
 struct Kernels {
   GroupedKernels<float> grouped_f32;
   GroupedKernels<double> grouped_f64;
@@ -76,6 +82,8 @@ struct Kernels {
   ThinKernels<Half> thin_f16;
   FoldedAdamKernel<float> folded_adam_f32;
   FoldedAdamKernel<double> folded_adam_f64;
+  FusedSgdKernel<float> fused_sgd_f32;
+  FusedSgdKernel<double> fused_sgd_f64;
 
   template <typename S>
   const GroupedKernels<S>& grouped() const;
@@ -85,6 +93,8 @@ struct Kernels {
   const ThinKernels<S>& thin() const;
   template <typename T>
   FoldedAdamKernel<T> folded_adam() const;
+  template <typename T>
+  FusedSgdKernel<T> fused_sgd() const;
 };
 
 // clang-format off
@@ -102,6 +112,8 @@ template <> inline const ThinKernels<BFloat16>& Kernels::thin() const { return t
 template <> inline const ThinKernels<Half>& Kernels::thin() const { return thin_f16; }
 template <> inline FoldedAdamKernel<float> Kernels::folded_adam() const { return folded_adam_f32; }
 template <> inline FoldedAdamKernel<double> Kernels::folded_adam() const { return folded_adam_f64; }
+template <> inline FusedSgdKernel<float> Kernels::fused_sgd() const { return fused_sgd_f32; }
+template <> inline FusedSgdKernel<double> Kernels::fused_sgd() const { return fused_sgd_f64; }
 // clang-format on
 
 // Whether a transformation has the kernel of refocus_dense_3x3.h, which may write dW_r where dW_t was.

@@ -9,7 +9,17 @@ have one: :func:`refconv_kernels.ops.choose` sends forward-mode differentiation 
 
 from refconv_kernels.autograd.calls import apply
 from refconv_kernels.autograd.convolution import GroupedConv2d
+from refconv_kernels.autograd.deferred import DeferredGradient, KnownWeight
 from refconv_kernels.autograd.layers import RefConv2d, ThinRefConv2d
 from refconv_kernels.autograd.weights import RefocusWeight, ThinRefocusWeight
 
-__all__ = ["GroupedConv2d", "RefConv2d", "RefocusWeight", "ThinRefConv2d", "ThinRefocusWeight", "apply"]
+__all__ = [
+    "DeferredGradient",
+    "GroupedConv2d",
+    "KnownWeight",
+    "RefConv2d",
+    "RefocusWeight",
+    "ThinRefConv2d",
+    "ThinRefocusWeight",
+    "apply",
+]

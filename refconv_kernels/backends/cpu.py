@@ -15,8 +15,8 @@ from torch import Tensor
 
 from refconv_kernels.geometry import Geometry, is_channels_last
 
-_ADAM_DTYPES = (torch.float32, torch.float64)
-_DTYPES = (*_ADAM_DTYPES, torch.bfloat16, torch.float16)
+_OPTIMIZED_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (*_OPTIMIZED_DTYPES, torch.bfloat16, torch.float16)
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)  # PyTorch runs them with oneDNN, the others far slower
 _MOST_PER_GROUP = 16  # input channels of a group: a thread holds that many padded planes
 _FASTER_PER_GROUP_LAST = 4  # of those, up to which the channels_last kernel is faster than PyTorch's
@@ -174,8 +174,21 @@ def thin_refconv2d_how(
 
 def folded_adam_limits(first: Tensor) -> str | None:
     """Why the ``folded_adam`` kernel does not cover this problem; None when it does."""
-    return _limits(first, "first", _ADAM_DTYPES)
+    return _limits(first, "first", _OPTIMIZED_DTYPES)
 
 
 def folded_adam_slower(first: Tensor) -> None:
     """None: PyTorch's matrix products are never faster (``docs/performance.md``)."""
+
+
+def fused_sgd_limits(basis: Tensor, refocus: Tensor) -> str | None:
+    """Why the ``fused_sgd`` kernel does not cover this problem; None when it does."""
+    if not _is_dense_3x3(basis, refocus):
+        return f"weight {tuple(basis.shape)} with W_r {tuple(refocus.shape)}: the kernel is for dense 3x3 bases, 3x3 taps"
+    if not (basis.is_contiguous() and refocus.is_contiguous()):
+        return "the weights are not contiguous"
+    return _limits(basis, "basis", _OPTIMIZED_DTYPES)
+
+
+def fused_sgd_slower(basis: Tensor, refocus: Tensor) -> None:
+    """None: one pass is never slower than three (``docs/performance.md``)."""

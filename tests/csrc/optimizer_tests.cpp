@@ -2,6 +2,7 @@
 #include "checks.h"
 
 using refconv::FoldedAdamProblem;
+using refconv::FusedSgdProblem;
 
 namespace {
 
@@ -25,13 +26,19 @@ void test_folded_adam(refconv::cpu::FoldedAdamKernel<T> kernel, const std::strin
         want_second[(n * r + a) * r + b] += (1 - p.keep) * value(gradient[n * r + a]) * value(gradient[n * r + b]);
     const T* q = rotation.get() + n / p.per_group * r * p.columns;
     for (int64_t j = 0; j < p.columns; ++j) {
-      double mean = 0, square = 0;
+      double mean = 0, slope = 0, square = 0;  // of squares only, or it would lose digits that the kernel keeps
       for (int64_t a = 0; a < r; ++a) {
         mean += value(first[n * r + a]) * value(q[a * p.columns + j]);
-        for (int64_t b = 0; b < r; ++b)
-          square += value(q[a * p.columns + j]) * want_second[(n * r + a) * r + b] * value(q[b * p.columns + j]);
+        slope += value(gradient[n * r + a]) * value(q[a * p.columns + j]);
       }
-      const double ratio = p.scale_first * mean / (p.scale_second * std::sqrt(std::fmax(square, 0)) + p.eps);
+      const T* row = root.get() + n * size;
+      for (int64_t k = 0; k < r; row += r - k++) {
+        double turned = 0;
+        for (int64_t a = k; a < r; ++a) turned += value(row[a - k]) * value(q[a * p.columns + j]);
+        square += p.keep * turned * turned;
+      }
+      square += (1 - p.keep) * slope * slope;
+      const double ratio = p.scale_first * mean / (p.scale_second * std::sqrt(square) + p.eps);
       for (int64_t a = 0; a < r; ++a) want[n * r + a] += ratio * value(q[a * p.columns + j]);
     }
   }
@@ -63,9 +70,67 @@ void test_folded_adam_all(const refconv::cpu::InstructionSet& set) {
   test_folded_adam(kernel, set.name, FoldedAdamProblem{5, 5, 300, 49, 0.99, 10, 30, 1});
 }
 
+template <typename T>
+void test_fused_sgd(refconv::cpu::FusedSgdKernel<T> kernel, const std::string& isa, const FusedSgdProblem& p) {
+  const int64_t kernels = p.transformation.kernels, size = kernels * 9;
+  const Buffer<T> basis = random_buffer<T>(size);
+  Buffer<T> transformed = random_buffer<T>(size), refocus = random_buffer<T>(size), momentum = random_buffer<T>(size);
+  const bool moves = p.momentum != 0;
+  std::vector<double> want_refocus(size), want_momentum(size), want_transformed(size);
+  // The 49 products of W_b with dW_t or W_r: result[t] += factor[s] basis[t + s - centre], or the other way round.
+  const auto each = [](const auto& body) {
+    for (int64_t s = 0; s < 9; ++s)
+      for (int64_t t = 0; t < 9; ++t) {
+        const int64_t row = t / 3 + s / 3 - 1, column = t % 3 + s % 3 - 1;
+        if (row >= 0 && row < 3 && column >= 0 && column < 3) body(s, t, row * 3 + column);
+      }
+  };
+  for (int64_t n = 0; n < kernels; ++n) {
+    double grad[9] = {};
+    each([&](int64_t s, int64_t t, int64_t b) { grad[s] += value(transformed[n * 9 + t]) * value(basis[n * 9 + b]); });
+    for (int64_t k = n * 9; k < n * 9 + 9; ++k) {
+      const double d = (p.maximize ? -1 : 1) * grad[k - n * 9] + p.weight_decay * value(refocus[k]);
+      const double m = p.first ? d : p.momentum * value(momentum[k]) + (1 - p.dampening) * d;
+      want_momentum[k] = moves ? m : value(momentum[k]);
+      want_refocus[k] = value(refocus[k]) - p.lr * (moves ? p.nesterov ? d + p.momentum * m : m : d);
+      want_transformed[k] = p.transformation.identity ? value(basis[k]) : 0;
+    }
+    each([&](int64_t s, int64_t t, int64_t b) {
+      want_transformed[n * 9 + t] += want_refocus[n * 9 + s] * value(basis[n * 9 + b]);
+    });
+  }
+  for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, kernels / 3}, {kernels / 3, kernels}}) {
+    kernel(p, basis.get(), transformed.get(), refocus.get(), moves ? momentum.get() : nullptr, begin, end);
+  }
+  const std::string name = isa + Element<T>::name + " kernels" + std::to_string(kernels);
+  expect_close("W_r " + name, refocus.get(), want_refocus, 50);
+  expect_close("momentum " + name, momentum.get(), want_momentum, 50);
+  expect_close("W_t " + name, transformed.get(), want_transformed, 100);
+}
+
+template <typename T>
+void test_fused_sgd_all(const refconv::cpu::InstructionSet& set) {
+  const auto kernel = set.kernels.fused_sgd<T>();
+  // Kernels straddle those at once and those whose gradient is held, in both of the parts that are computed.
+  for (const int64_t kernels : {1, 2, 7, 16, 17, 47, 48, 63, 96, 97, 191, 192, 193, 290}) {
+    refconv::RefocusProblem transformation{};
+    transformation.kernels = kernels, transformation.group_size = 1, transformation.map_size = 3;
+    transformation.kernel_h = transformation.kernel_w = 3;
+    for (const bool on : {false, true}) {
+      transformation.identity = on;
+      test_fused_sgd(kernel, set.name, FusedSgdProblem{transformation, 0.1, 0, 0, 0, false, on, on});
+      test_fused_sgd(kernel, set.name, FusedSgdProblem{transformation, 0.1, 0.9, 0, 0.01, on, false, false});
+      test_fused_sgd(kernel, set.name, FusedSgdProblem{transformation, 0.1, 0.9, 0.3, 0.01, false, on, on});
+      test_fused_sgd(kernel, set.name, FusedSgdProblem{transformation, 0.1, 0.9, 0.3, 0, false, true, false});
+    }
+  }
+}
+
 }  // namespace
 
 void test_optimizer(const InstructionSet& set) {
   test_folded_adam_all<float>(set);
   test_folded_adam_all<double>(set);
+  test_fused_sgd_all<float>(set);
+  test_fused_sgd_all<double>(set);
 }

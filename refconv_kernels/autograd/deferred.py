@@ -1,0 +1,117 @@
+"""``dW_r`` that is computed where it is first read, for an optimizer that may never read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils._pytree import tree_map
+
+from refconv_kernels.autograd.calls import apply
+from refconv_kernels.autograd.weights import RefocusWeightBackward
+from refconv_kernels.ops import KERNELS
+
+_aten = torch.ops.aten
+
+
+class KnownWeight(Function):
+    """``W_t`` of ``(W_b, W_r)``, given as it was computed before; its gradient is deferred. For a frozen basis."""
+
+    @staticmethod
+    def forward(ctx: Any, basis: Tensor, refocus: Tensor, transformed: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(basis)
+        ctx.sizes, ctx.backend = refocus.shape[1:3], backend
+        return transformed.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (basis,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives
+            return None, apply(RefocusWeightBackward, grad, basis, *ctx.sizes, ctx.backend), None, None
+        return None, DeferredGradient(_Gradient(grad.contiguous(), basis, *ctx.sizes, ctx.backend)), None, None
+
+
+class _Gradient:
+    """What a :class:`DeferredGradient` and its aliases share."""
+
+    def __init__(self, grad_transformed: Tensor, basis: Tensor, group_size: int, map_size: int, backend: str) -> None:
+        self.grad_transformed: Tensor | None = grad_transformed
+        self.basis, self.sizes, self.backend = basis, (group_size, map_size), backend
+        self.value: Tensor | None = None
+
+    def read(self) -> Tensor:
+        if self.value is None:
+            if self.grad_transformed is None:
+                raise RuntimeError(
+                    "the gradient of transform.weight was used up by FusedSGD.step(): read or clone it before the step"
+                )
+            run = KERNELS["refocus_weight"][self.backend].backward
+            self.value = run(self.grad_transformed, self.basis, *self.sizes)
+            self.grad_transformed = None
+        return self.value
+
+
+class DeferredGradient(Tensor):
+    """``dW_r``, ``[N, g, k, k]``, of which only ``dW_t`` is known until something reads it.
+
+    Any operation of PyTorch reads it, and in-place ones write to what was read: only adding up two of the same layer, as
+    repeated backward passes do, goes on with ``dW_t``. An optimizer may :meth:`take` that instead.
+    """
+
+    _gradient: _Gradient
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, gradient: _Gradient) -> DeferredGradient:
+        basis, (group_size, map_size) = gradient.basis, gradient.sizes
+        shape = (basis.shape[0] * basis.shape[1], group_size, map_size, map_size)
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=basis.dtype, device=basis.device)
+        made._gradient = gradient
+        return made
+
+    def read(self) -> Tensor:
+        """``dW_r``, an ordinary tensor; the same one at every call."""
+        return self._gradient.read()
+
+    def take(self, basis: Tensor) -> tuple[str, Tensor | None]:
+        """The backend, and ``dW_t``, to be overwritten, if this is the gradient for that basis and nobody has read it."""
+        gradient, taken = self._gradient, None
+        if gradient.basis is basis:
+            taken, gradient.grad_transformed = gradient.grad_transformed, None
+        return gradient.backend, taken
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten.detach.default:
+            return cls(args[0]._gradient)
+        if func is _aten.add_.Tensor and not kwargs and _add(*args):
+            return args[0]
+        result = func(*tree_map(_read, args), **tree_map(_read, kwargs or {}))
+        return args[0] if func._schema.name.endswith("_") and isinstance(args[0], cls) else result
+
+
+def _add(gradient: Any, other: Any) -> bool:
+    """Whether ``gradient += other`` could be done with ``dW_t``."""
+    if not (isinstance(gradient, DeferredGradient) and isinstance(other, DeferredGradient)):
+        return False
+    into, more = gradient._gradient, other._gradient
+    if into.grad_transformed is None or more.grad_transformed is None or into.basis is not more.basis:
+        return False
+    into.grad_transformed += more.grad_transformed
+    return True
+
+
+def _read(argument: Any) -> Any:
+    return argument.read() if isinstance(argument, DeferredGradient) else argument
+
+
+def _reading(name: str) -> Any:
+    method = getattr(Tensor, name)
+    return lambda self, *args, **kwargs: method(self.read(), *args, **kwargs)
+
+
+# What does not go through PyTorch's dispatcher, or needs memory of its own.
+for _name in ("__array__", "__deepcopy__", "__dlpack__", "__reduce_ex__", "__repr__", "data_ptr", "numpy", "tolist"):
+    setattr(DeferredGradient, _name, _reading(_name))

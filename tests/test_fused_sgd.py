@@ -1,0 +1,433 @@
+"""``FusedSGD`` against ``torch.optim.SGD``, and the gradient that it leaves unread."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from refconv_kernels import FusedSGD, RefConv2d, full_to_thin, functional, refocus, use_backend
+from refconv_kernels.autograd import DeferredGradient
+from tests.conftest import needs_native
+
+pytestmark = needs_native
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "everything": {"momentum": 0.8, "dampening": 0.3, "weight_decay": 0.05, "maximize": True},
+}
+
+
+def network(dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
+    """Dense layers whose kernels straddle the vectors and the block of the step: 24, 160 and 64; others between."""
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 20, 3, padding=1, bias=False),
+        nn.Tanh(),
+        nn.Conv2d(20, 20, 3, groups=20),
+        nn.Conv2d(20, 4, 1),
+        nn.Conv2d(4, 16, 3, padding=1, padding_mode="circular"),
+    )
+    return refocus(model.to(dtype), **options)
+
+
+def both(model: nn.Module, lr: float = 0.05, **options: Any) -> tuple[tuple[nn.Module, torch.optim.Optimizer], ...]:
+    """The same model twice, for PyTorch's optimizer and ours."""
+    ours = copy.deepcopy(model)
+    return (
+        (model, torch.optim.SGD(model.parameters(), lr=lr, **options)),
+        (ours, FusedSGD(ours.parameters(), ours, lr=lr, **options)),
+    )
+
+
+def images(step: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(2, 3, 8, 7, dtype=dtype, generator=torch.Generator().manual_seed(step))
+
+
+def backward(model: nn.Module, x: Tensor) -> None:
+    model(x).square().mean().backward()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4, first: int = 0) -> None:
+    dtype = next(model.parameters()).dtype
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        backward(model, images(step, dtype))
+        optimizer.step()
+
+
+def deferred(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if isinstance(p.grad, DeferredGradient)]
+
+
+def assert_same(ours: nn.Module, other: nn.Module, **tolerance: float) -> None:
+    torch.testing.assert_close(ours.state_dict(), other.state_dict(), **tolerance)
+
+
+DENSE = ["0.transform.weight", "2.transform.weight", "6.transform.weight"]
+
+
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_steps_are_sgds(options: dict[str, Any], dtype: torch.dtype, identity: bool) -> None:
+    (plain, sgd), (ours, fused) = both(network(dtype, identity=identity), **options)
+    for step in range(5):
+        for model, optimizer in ((plain, sgd), (ours, fused)):
+            optimizer.zero_grad()
+            backward(model, images(step, dtype))
+            assert deferred(model) == (DENSE if model is ours and step > 0 else [])
+            optimizer.step()
+            assert not deferred(model)
+    tolerance = 1e-11 if dtype is torch.float64 else 1e-4
+    assert_same(ours, plain, rtol=tolerance, atol=tolerance)
+    for theirs, own in zip(sgd.state_dict()["state"].values(), fused.state_dict()["state"].values(), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=tolerance, atol=tolerance)
+    for layer in ours[0], ours[2], ours[6]:
+        kept = layer._weight_ahead()
+        torch.testing.assert_close(kept.detach(), layer.weight.detach(), rtol=0, atol=16 * torch.finfo(dtype).eps)
+    x = images(9, dtype)
+    torch.testing.assert_close(ours(x), plain(x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("how", ["clip", "hook", "scale", "decay in the loss", "hook after accumulation"])
+def test_whatever_reads_the_gradient_gets_dw_r(how: str) -> None:
+    (plain, sgd), (ours, fused) = both(network(), momentum=0.9)
+    seen: dict[nn.Module, list[Tensor]] = {plain: [], ours: []}
+    for model, optimizer in ((plain, sgd), (ours, fused)):
+        weight = model[2].transform.weight
+        if how == "hook":
+            weight.register_hook(lambda grad, model=model: seen[model].append(grad.norm()) or 2 * grad)
+        if how == "hook after accumulation":
+            weight.register_post_accumulate_grad_hook(lambda p, model=model: seen[model].append(p.grad.abs().sum()))
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = model(images(step)).square().mean()
+            if how == "decay in the loss":
+                loss = loss + weight.square().sum()
+            loss.backward()
+            if how == "clip":
+                seen[model].append(nn.utils.clip_grad_norm_(model.parameters(), 0.01))
+            if how == "scale":
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p.grad *= 3
+            optimizer.step()
+    torch.testing.assert_close(seen[ours], seen[plain])
+    assert_same(ours, plain)
+
+
+def test_gradients_of_several_backward_passes_add_up_unread() -> None:
+    (plain, sgd), (ours, fused) = both(network(), momentum=0.9)
+    for model, optimizer in ((plain, sgd), (ours, fused)):
+        train(model, optimizer, 1)
+        for step in range(4):
+            optimizer.zero_grad()
+            for part in range(3):
+                backward(model, images(10 * step + part))
+            optimizer.step()
+        optimizer.zero_grad()
+        backward(model, images(50))
+        if model is ours:
+            assert deferred(ours) == DENSE
+            ours[0].transform.weight.grad.norm()  # one read, one not yet
+        backward(model, images(51))
+        optimizer.step()
+    assert_same(ours, plain)
+
+
+def test_a_layer_used_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = RefConv2d(3, 3, 3, padding=1, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x).tanh())
+
+    (plain, sgd), (ours, fused) = both(Twice())
+    for model, optimizer in ((plain, sgd), (ours, fused)):
+        train(model, optimizer)
+    assert_same(ours, plain)
+
+
+def gradients() -> tuple[Tensor, DeferredGradient]:
+    """dW_r of the same layer, computed and deferred."""
+    (plain, sgd), (ours, fused) = both(network())
+    for model, optimizer in ((plain, sgd), (ours, fused)):
+        train(model, optimizer, 1)
+        optimizer.zero_grad()
+        backward(model, images(5))
+    found = ours[2].transform.weight.grad
+    assert isinstance(found, DeferredGradient)
+    return plain[2].transform.weight.grad, found
+
+
+READERS = {
+    "clone": lambda g: g.clone(),
+    "detach": lambda g: g.detach() + 0,
+    "data": lambda g: g.data + 0,
+    "index": lambda g: g[3:7],
+    "view": lambda g: g.view(-1),
+    "numpy": lambda g: torch.from_numpy(g.numpy()),
+    "tolist": lambda g: torch.tensor(g.tolist(), dtype=torch.float64),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda g: pickle.loads(pickle.dumps(g)),
+    "dlpack": lambda g: torch.from_dlpack(g) + 0,
+    "out": lambda g: torch.add(g, g, out=torch.empty(0, dtype=torch.float64)),
+    "foreach": lambda g: torch._foreach_mul([g], 2.0)[0],
+    "in place": lambda g: g.mul_(2).view(-1),
+    "plus a plain one": lambda g: g.add_(torch.ones_like(g)).view(-1),
+    "plus itself scaled": lambda g: g.add_(g, alpha=2).view(-1),
+    "to": lambda g: g.to(torch.float32),
+}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_reading_a_deferred_gradient(reader: Any) -> None:
+    want, got = gradients()
+    result = reader(got)
+    assert type(result) is Tensor
+    torch.testing.assert_close(result, reader(want))
+    torch.testing.assert_close(got.clone(), want)  # what was done in place stays done
+    assert (got.shape, got.dtype, got.device, got.is_contiguous()) == (want.shape, want.dtype, want.device, True)
+
+
+def test_it_prints_as_the_tensor_it_is() -> None:
+    want, got = gradients()
+    assert repr(got)[:40] == repr(want)[:40]
+
+
+def test_a_gradient_that_was_used_up_says_so() -> None:
+    model = network()
+    optimizer = FusedSGD(model.parameters(), model, lr=0.1)
+    train(model, optimizer, 1)
+    optimizer.zero_grad()
+    backward(model, images(1))
+    kept = model[2].transform.weight.grad
+    read = model[0].transform.weight.grad
+    norm = read.norm()
+    optimizer.step()
+    assert model[2].transform.weight.grad is None
+    with pytest.raises(RuntimeError, match=r"used up by FusedSGD.step\(\): read or clone it before"):
+        kept.norm()
+    assert read.norm() == norm
+
+
+@pytest.mark.parametrize("how", ["in place", "load", "data", "assigned data", "dtype", "basis", "transform"])
+def test_w_t_is_computed_anew_when_something_changes(how: str) -> None:
+    model = network()
+    optimizer = FusedSGD(model.parameters(), model, lr=0.1)
+    train(model, optimizer, 2)
+    layer = model[2]
+    with torch.no_grad():
+        if how == "in place":
+            layer.transform.weight.mul_(2)
+        elif how == "load":
+            model.load_state_dict({k: 2 * v for k, v in model.state_dict().items()})
+        elif how == "data":
+            layer.transform.weight.data.mul_(2)
+            model.train()
+        elif how == "assigned data":
+            layer.transform.weight.data = 2 * layer.transform.weight.data
+        elif how == "dtype":
+            model.float().double()
+        elif how == "basis":
+            layer.basis_weight.mul_(2)
+        else:
+            layer.transform = RefConv2d(8, 20, 3, dtype=torch.float64).transform
+    x = torch.randn(1, 8, 5, 5, dtype=torch.float64)
+    want = functional.refconv2d(x, layer.basis_weight, layer.transform.weight, padding=1)
+    torch.testing.assert_close(layer(x), want)
+
+
+@pytest.mark.parametrize("how", ["eval", "no_grad", "reference", "trainable basis", "frozen", "hook"])
+def test_where_the_gradient_is_not_deferred(how: str) -> None:
+    model = network()
+    optimizer = FusedSGD(model.parameters(), model, lr=0.1)
+    train(model, optimizer, 2)
+    layer, x = model[2], torch.randn(1, 8, 5, 5, dtype=torch.float64)
+    want = functional.refconv2d(x, layer.basis_weight, layer.transform.weight, padding=1).detach()
+    calls: list[int] = []
+    if how == "eval":
+        model.eval()
+    elif how == "trainable basis":
+        layer.basis_weight.requires_grad_()
+    elif how == "frozen":
+        layer.transform.weight.requires_grad_(False)
+    elif how == "hook":
+        layer.transform.register_forward_hook(lambda *_: calls.append(1))
+    with torch.set_grad_enabled(how != "no_grad"), use_backend("reference" if how == "reference" else "auto"):
+        y = layer(x.requires_grad_())
+    torch.testing.assert_close(y.detach(), want)
+    if how != "no_grad":
+        y.sum().backward()
+    assert not isinstance(layer.transform.weight.grad, DeferredGradient)
+    assert (layer.transform.weight.grad is None) == (how in ("no_grad", "frozen"))
+    assert (layer.basis_weight.grad is not None) == (how == "trainable basis")
+    assert calls == ([1] if how == "hook" else [])
+
+
+def test_second_derivatives() -> None:
+    layer = RefConv2d(2, 3, 3, dtype=torch.float64)
+    optimizer = FusedSGD(layer.parameters(), layer, lr=0.1)
+    layer(torch.randn(1, 2, 4, 4, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    x, weight = torch.randn(1, 2, 4, 4, dtype=torch.float64), layer.transform.weight
+    assert layer._weight_ahead() is not None
+
+    def penalty(y: Tensor) -> Tensor:
+        (grad,) = torch.autograd.grad(y.pow(3).sum(), weight, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), weight)[0]
+
+    want = penalty(functional.refconv2d(x, layer.basis_weight, weight, layer.bias))
+    torch.testing.assert_close(penalty(layer(x)), want)
+    per_image = torch.func.vmap(layer)(x[None]), torch.func.functional_call(layer, {"transform.weight": 2 * weight}, x)
+    torch.testing.assert_close(per_image[0][0], layer(x))
+    torch.testing.assert_close(per_image[1], functional.refconv2d(x, layer.basis_weight, 2 * weight, layer.bias))
+
+
+def test_a_step_in_between_under_autocast() -> None:
+    (plain, sgd), (ours, fused) = both(network(torch.float32), momentum=0.9)
+    for model, optimizer in ((plain, sgd), (ours, fused)):
+        for step in range(4):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(images(step, torch.float32)).float().square().mean()
+            loss.backward()
+            assert deferred(model) == (DENSE if model is ours and step > 0 else [])
+            optimizer.step()
+    assert_same(ours, plain, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("which", ["channels_last", "bfloat16"])
+def test_what_no_kernel_covers_takes_pytorchs_step(which: str) -> None:
+    model = network(torch.bfloat16 if which == "bfloat16" else torch.float64)
+    if which == "channels_last":
+        model = model.to(memory_format=torch.channels_last)
+    (plain, sgd), (ours, fused) = both(model, momentum=0.9)
+    for model, optimizer in ((plain, sgd), (ours, fused)):
+        train(model, optimizer)
+        backward(model, images(7, next(model.parameters()).dtype))
+    assert deferred(ours) == []
+    tolerance = {"rtol": 5e-2, "atol": 2e-2} if which == "bfloat16" else {}
+    assert_same(ours, plain, **tolerance)
+
+
+@pytest.mark.filterwarnings("error")  # the guard's: SGD is exact
+def test_the_thin_form_is_trained_like_the_full_one() -> None:
+    full = network()
+    thin = full_to_thin(full)
+    for model in (full, thin):
+        optimizer = FusedSGD(model.parameters(), model, lr=0.05, momentum=0.9, weight_decay=0.01)
+        train(model, optimizer)
+    x = images(20)
+    torch.testing.assert_close(thin.eval()(x), full.eval()(x))
+
+
+def test_state_is_sgds() -> None:
+    (plain, sgd), (ours, fused) = both(network(), momentum=0.9, weight_decay=0.01)
+    train(plain, sgd)
+    train(ours, fused)
+    swapped = FusedSGD(plain.parameters(), plain, lr=1), torch.optim.SGD(ours.parameters(), lr=1)
+    swapped[0].load_state_dict(sgd.state_dict())
+    swapped[1].load_state_dict(fused.state_dict())
+    train(plain, swapped[0], first=4)
+    train(ours, swapped[1], first=4)
+    assert_same(ours, plain)
+
+
+def test_copies_with_their_model() -> None:
+    model = network()
+    optimizer = FusedSGD(model.parameters(), model, lr=0.05, momentum=0.9)
+    train(model, optimizer, 2)
+    copies = copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))
+    train(model, optimizer, 2, first=2)
+    for other, its in copies:
+        train(other, its, 2, first=2)
+        assert_same(other, model)
+        backward(other, images(5))
+        assert deferred(other) == DENSE
+
+
+def test_groups_schedules_and_closures() -> None:
+    models = network(), None
+    results = []
+    for kind in (torch.optim.SGD, FusedSGD):
+        model = copy.deepcopy(models[0])
+        groups = [{"params": model[:3].parameters(), "lr": 0.1}, {"params": model[3:].parameters(), "momentum": 0.5}]
+        optimizer = kind(groups, *([model] if kind is FusedSGD else []), lr=0.02)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1)
+        for step in range(5):
+
+            def closure(model: nn.Module = model, optimizer: Any = optimizer, step: int = step) -> Tensor:
+                optimizer.zero_grad()
+                loss = model(images(step)).square().mean()
+                loss.backward()
+                return loss
+
+            loss = optimizer.step(closure)
+            assert loss.requires_grad
+            schedule.step()
+        results.append(model)
+    assert_same(results[1], results[0])
+
+
+def test_only_what_was_given_is_trained() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = FusedSGD(model[:2].parameters(), model, lr=0.1)
+    train(model, optimizer, 3)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"0.transform.weight", "1.weight"} <= changed
+    assert not any(name.startswith(("2.", "4.", "5.", "6.")) for name in changed)
+    backward(model, images(5))
+    assert deferred(model) == DENSE[:1]
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
+    threads, results = torch.get_num_threads(), []
+    torch.manual_seed(0)
+    start = RefConv2d(80, 80, 3, bias=False)
+    x = torch.randn(1, 80, 4, 4)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            layer = copy.deepcopy(start)
+            optimizer = FusedSGD(layer.parameters(), layer, lr=0.1, momentum=0.9)
+            for _ in range(3):
+                optimizer.zero_grad()
+                layer(x).square().sum().backward()
+                grad = layer.transform.weight.grad
+                if isinstance(grad, DeferredGradient):  # convolutions of PyTorch may depend on the threads
+                    grad._gradient.grad_transformed.fill_(0.01)
+                else:
+                    grad.fill_(0.01)
+                optimizer.step()
+            results.append(layer.transform.weight.detach())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_errors() -> None:
+    model = network()
+    with pytest.raises(TypeError, match=r"model \(='x'\) must be the torch.nn.Module whose parameters are trained"):
+        FusedSGD(model.parameters(), "x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        FusedSGD(model.parameters(), model, lr=-1)
+    optimizer = FusedSGD(model.parameters(), model, lr=0.1)
+    train(model, optimizer, 2)
+    with pytest.raises(ValueError, match="input has 5 channels"):
+        model[0](torch.randn(1, 5, 8, 8, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"input \(='x'\) must be a torch.Tensor"):
+        model[0]("x")
