@@ -1,4 +1,4 @@
-"""Whole training steps: forward, cross entropy, backward, and SGD with momentum."""
+"""Whole training steps, in turns with the plain network's: forward, cross entropy, backward, and SGD with momentum."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from benchmarks.agreement import Agreement, one_thread, require_same_float64
 from benchmarks.formulations import FORMULATIONS, as_full, float64_reference, network_formulations
-from benchmarks.networks import NETWORKS, training_step
+from benchmarks.networks import NETWORKS, sgd, training_step
 from refconv_kernels import full_to_thin, reparameterize
 
 CLASSES = 1000
@@ -25,7 +25,8 @@ class _Case:
     """The formulations of one network, their images and labels, and the agreement required of them.
 
     The logits are compared in the type that is measured. The gradients are compared in float64: with fewer digits a
-    ReLU whose input is near zero may go either way, and right answers differ.
+    ReLU whose input is near zero may go either way, and right answers differ. For the same reason the optimizer's steps
+    are compared with those of PyTorch's on the same formulation, in float64.
     """
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
@@ -60,6 +61,18 @@ class _Case:
         with torch.no_grad():
             self.agreement.require(formulation, {"logits": self.modules[formulation](self.images)})
         require_same_float64(formulation, self.gradients(formulation), self.expected_gradients)
+        trained = [self.trained(formulation, stock) for stock in (False, True)]
+        require_same_float64(f"{formulation}, trained", *trained)
+
+    def trained(self, formulation: str, stock: bool) -> dict[str, Tensor]:
+        """Parameters after three steps (the first differs from those that follow), in float64."""
+        model = copy.deepcopy(self.exact[formulation])
+        images, labels = self.images[:CHECKED_IMAGES].double(), self.labels[:CHECKED_IMAGES]
+        step = training_step(model, images, labels, sgd(model, stock))
+        with one_thread():
+            for _ in range(3):
+                step()
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 # The formulations of one network are measured one after the other.
@@ -82,4 +95,5 @@ def test_training_step(name: str, formulation: str, dtype: torch.dtype, measure:
         dtype=dtype,
         batch=len(case.images),
         bytes=None,  # depends on what of a network is fused
+        against=training_step(case.modules["plain"], case.images, case.labels),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from refconv_kernels import current_backend
 ROUND_SECONDS = 1e-3  # at least, so that the clock's resolution does not matter
 MEASURED_SECONDS = 0.2  # per benchmark, unless the fewest rounds take longer
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
+PAIRS, WARM_PAIRS = 25, 2  # of what is timed in turns with something else
 
 LOAD = pytest.StashKey[float | None]()
 
@@ -98,14 +100,25 @@ def measure(benchmark: Any) -> Callable[..., None]:
     """``measure(function, kind=, mode=, shape=, case=, networks=, formulation=, dtype=, batch=, bytes=)``.
 
     Times ``function`` in rounds and records the rest with the figures. What differs in the formulation alone is one
-    group. ``bytes`` are those that one call must move, None where that is not defined.
+    group. ``bytes`` are those that one call must move, None where that is not defined. With ``against``, another
+    function of a millisecond or more, the two are timed in turns, and the median ratio of neighbours is recorded.
     """
 
     def run(
-        function: Callable[[], object], *, kind: str, mode: str, shape: str, dtype: torch.dtype, **info: Any
+        function: Callable[[], object],
+        *,
+        kind: str,
+        mode: str,
+        shape: str,
+        dtype: torch.dtype,
+        against: Callable[[], object] | None = None,
+        **info: Any,
     ) -> None:
         benchmark.group = f"{kind} {mode} {shape}"
         benchmark.extra_info.update(kind=kind, mode=mode, shape=shape, dtype=str(dtype).removeprefix("torch."), **info)
+        if against is not None:
+            benchmark.extra_info["against"] = in_turns(function, against)
+            return
         function()
         start = time.perf_counter()
         function()
@@ -114,5 +127,24 @@ def measure(benchmark: Any) -> Callable[..., None]:
         rounds = int(MEASURED_SECONDS / (once * iterations))
         rounds = min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
         benchmark.pedantic(function, rounds=rounds, iterations=iterations, warmup_rounds=1)
+
+    def in_turns(function: Callable[[], object], against: Callable[[], object]) -> float:
+        seconds: list[float] = []
+
+        def before() -> None:
+            start = time.perf_counter()
+            against()
+            seconds.append(time.perf_counter() - start)
+
+        own: list[float] = []
+
+        def timed() -> None:
+            start = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - start)
+
+        benchmark.pedantic(timed, setup=before, rounds=PAIRS, warmup_rounds=WARM_PAIRS)
+        ratios = [a / b for a, b in zip(own, seconds, strict=True)]
+        return statistics.median(ratios[WARM_PAIRS:] or ratios)
 
     return run

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from refconv_kernels import FusedSGD, RefConv2d
 from refconv_kernels.learning.models import MobileNetV1, MobileNetV2
 
 
@@ -175,14 +176,23 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 }
 
 
-def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
-    """A function that runs forward, cross entropy, backward, and fused SGD with momentum."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, fused=True)
+def training_step(
+    model: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer | None = None
+) -> Callable[[], object]:
+    """A function that runs forward, cross entropy, backward, and SGD with momentum: ours or PyTorch's (:func:`sgd`)."""
+    chosen = optimizer or sgd(model)
 
     def step() -> None:
-        optimizer.zero_grad()
+        chosen.zero_grad()
         F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
+        chosen.step()
 
     return step
+
+
+def sgd(model: nn.Module, stock: bool = False) -> torch.optim.SGD:
+    """Fused SGD with momentum: this library's for its own layers, PyTorch's for all others, or ``stock``."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if stock or not any(isinstance(module, RefConv2d) for module in model.modules()):
+        return torch.optim.SGD(trained, lr=1e-3, momentum=0.9, fused=True)
+    return FusedSGD(trained, model, lr=1e-3, momentum=0.9)

@@ -36,6 +36,7 @@ class Row:
     networks: dict[str, int]
     bytes: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    against: dict[str, float] = field(default_factory=dict)  # time / plain, measured in turns
 
     def ratio(self, other: str, own: str) -> float | None:
         """The time of ``other`` divided by that of ``own``; None if one of them was not measured."""
@@ -56,6 +57,8 @@ def read_rows(run: dict[str, Any]) -> list[Row]:
             Row(*(info[key] for key in ("kind", "mode", "shape", "case", "networks"))),
         )
         row.seconds[info["formulation"]] = benchmark["stats"]["min"]
+        if "against" in info:
+            row.against[info["formulation"]] = info["against"]
         if info["formulation"] == "ours":
             row.bytes = info["bytes"]
     return list(rows.values())
@@ -143,6 +146,15 @@ def _detail(rows: Sequence[Row]) -> list[list[str]]:
     return table
 
 
+def _in_turns(rows: Sequence[Row]) -> list[list[str]]:
+    """Time / plain of what was measured in turns with the plain formulation."""
+    names = [name for name in ("plain", "two_convolutions", *OWN) if any(name in row.against for row in rows)]
+    return [
+        ["shape", *(f"{name} / plain" for name in names)],
+        *([row.shape, *(_number(row.against.get(name), 2) for name in names)] for row in rows),
+    ]
+
+
 def _means(rows: Sequence[Row]) -> list[list[str]]:
     """Geometric means over groups of one kind and mode, in brackets the smallest; each distinct shape counts once."""
     subsets = {"all": list(rows)}
@@ -200,6 +212,9 @@ def report(run: dict[str, Any], markdown: bool = False) -> str:
         groups.setdefault((row.kind, row.mode), []).append(row)
     for (kind, mode), members in groups.items():
         lines += ["", f"{heading}{kind}, {mode}", "", *_format(_detail(members), markdown)]
+        if any(row.against for row in members):
+            lines += ["", f"{heading}{kind}, in turns with plain: medians of time / plain", ""]
+            lines += _format(_in_turns(members), markdown)
     memory = _memory(run)
     if len(memory) > 1:
         lines += [

@@ -20,7 +20,7 @@ class KeptWeight:
 
     @classmethod
     def of(cls, weight: Tensor, sources: Sequence[Tensor]) -> KeptWeight | None:
-        """None for sources that cannot be watched: inference tensors have no version, functorch's wrappers no address."""
+        """None for what cannot be watched: inference tensors have no version, functorch's wrappers no address."""
         try:
             return cls(weight, sources)
         except RuntimeError:

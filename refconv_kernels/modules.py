@@ -277,7 +277,7 @@ class RefConv2d(nn.Module):
         return weight
 
     def forward(self, input: Tensor) -> Tensor:
-        geometry = self.bias, self.stride, self.padding, self.dilation, self.groups
+        geometry: Any = self.bias, self.stride, self.padding, self.dilation, self.groups
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return functional.conv2d(input, self._kept_weight(), *geometry, padding_mode=self.padding_mode)
         ahead = self._weight_ahead()

@@ -36,8 +36,8 @@ SCHEMAS = {
         "float scale_second, float eps) -> (Tensor, Tensor)"
     ),
     "fused_sgd": (  # transformed is dW_t before and W_t after; momentum_buffer is empty if there is no momentum
-        "(Tensor basis, Tensor(a!) transformed, Tensor(b!) refocus, Tensor(c!) momentum_buffer, bool identity, float lr, "
-        "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first) -> ()"
+        "(Tensor basis, Tensor(a!) transformed, Tensor(b!) refocus, Tensor(c!) momentum_buffer, bool identity, "
+        "float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first) -> ()"
     ),
     "thin_refocus_weight": "(Tensor basis, Tensor coordinates, Tensor factor, bool identity) -> Tensor",
     "thin_refocus_weight_backward": "(Tensor grad_transformed, Tensor factor) -> Tensor",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.optim import SGD
 
-from refconv_kernels import refocus
+from refconv_kernels import FusedSGD, refocus
 
 
 def plain() -> nn.Module:
@@ -19,16 +21,19 @@ def plain() -> nn.Module:
 
 
 def network(form: str) -> nn.Module:
+    """In the form ``"deferred"``, a full one whose optimizer leaves the gradient of the dense layer unread."""
     model = plain()
-    return model if form == "plain" else refocus(model, form=form)
+    return model if form == "plain" else refocus(model, form="full" if form == "deferred" else form)
 
 
 def images() -> torch.Tensor:
     return torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def train(model: nn.Module, x: torch.Tensor) -> None:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+def train(model: nn.Module, x: torch.Tensor, form: str) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kind = functools.partial(FusedSGD, trained, model) if form == "deferred" else functools.partial(SGD, trained)
+    optimizer = kind(lr=0.05, momentum=0.9)
     for _ in range(3):
         optimizer.zero_grad()
         model(x).square().mean().backward()
@@ -47,7 +52,7 @@ def worker(rank: int, folder: str, form: str) -> None:
     model = nn.parallel.DistributedDataParallel(network(form))  # find_unused_parameters is off: all must be used
     sent: list[int] = []
     model.register_comm_hook(sent, counted)
-    train(model, images()[2 * rank : 2 * rank + 2])
+    train(model, images()[2 * rank : 2 * rank + 2], form)
     torch.save((model.module.state_dict(), sum(sent)), f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -66,12 +71,12 @@ needs_distributed = pytest.mark.skipif(
 
 
 @needs_distributed
-@pytest.mark.parametrize("form", ["full", "thin"])
+@pytest.mark.parametrize("form", ["full", "thin", "deferred"])
 def test_ddp(form: str, tmp_path: Path) -> None:
     first, second, sent = spawn(tmp_path, form)
     model = network(form)
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    train(model, images())
+    train(model, images(), form)
     for name, value in model.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value)

@@ -222,6 +222,20 @@ def test_a_gradient_that_was_used_up_says_so() -> None:
     assert read.norm() == norm
 
 
+def test_a_basis_that_changes_under_the_gradient() -> None:
+    model = network()
+    optimizer = FusedSGD(model.parameters(), model, lr=0.1)
+    train(model, optimizer, 2)
+    optimizer.zero_grad()
+    backward(model, images(3))
+    with torch.no_grad():
+        model[2].basis_weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"basis_weight changed after backward\(\)"):
+        optimizer.step()
+    optimizer.zero_grad()
+    train(model, optimizer, 2)
+
+
 @pytest.mark.parametrize("how", ["in place", "load", "data", "assigned data", "dtype", "basis", "transform"])
 def test_w_t_is_computed_anew_when_something_changes(how: str) -> None:
     model = network()

@@ -22,24 +22,29 @@ class KnownWeight(Function):
     @staticmethod
     def forward(ctx: Any, basis: Tensor, refocus: Tensor, transformed: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(basis)
-        ctx.sizes, ctx.backend = refocus.shape[1:3], backend
+        ctx.sizes, ctx.backend = tuple(refocus.shape[1:3]), backend
         return transformed.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (basis,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives
             return None, apply(RefocusWeightBackward, grad, basis, *ctx.sizes, ctx.backend), None, None
-        return None, DeferredGradient(_Gradient(grad.contiguous(), basis, *ctx.sizes, ctx.backend)), None, None
+        deferred = _Gradient(grad.contiguous(), basis, ctx.sizes, ctx.backend)
+        return None, DeferredGradient(deferred), None, None
 
 
 class _Gradient:
     """What a :class:`DeferredGradient` and its aliases share."""
 
-    def __init__(self, grad_transformed: Tensor, basis: Tensor, group_size: int, map_size: int, backend: str) -> None:
+    def __init__(self, grad_transformed: Tensor, basis: Tensor, sizes: tuple[int, int], backend: str) -> None:
         self.grad_transformed: Tensor | None = grad_transformed
-        self.basis, self.sizes, self.backend = basis, (group_size, map_size), backend
+        self.basis, self.sizes, self.backend = basis, sizes, backend
         self.value: Tensor | None = None
+        self._version = basis._version
+
+    def is_for(self, basis: Tensor) -> bool:
+        return self.basis is basis and basis._version == self._version
 
     def read(self) -> Tensor:
         if self.value is None:
@@ -47,6 +52,8 @@ class _Gradient:
                 raise RuntimeError(
                     "the gradient of transform.weight was used up by FusedSGD.step(): read or clone it before the step"
                 )
+            if not self.is_for(self.basis):
+                raise RuntimeError("basis_weight changed after backward(), before the gradient of W_r was computed")
             run = KERNELS["refocus_weight"][self.backend].backward
             self.value = run(self.grad_transformed, self.basis, *self.sizes)
             self.grad_transformed = None
@@ -56,8 +63,8 @@ class _Gradient:
 class DeferredGradient(Tensor):
     """``dW_r``, ``[N, g, k, k]``, of which only ``dW_t`` is known until something reads it.
 
-    Any operation of PyTorch reads it, and in-place ones write to what was read: only adding up two of the same layer, as
-    repeated backward passes do, goes on with ``dW_t``. An optimizer may :meth:`take` that instead.
+    Any operation of PyTorch reads it, and what is done in place is done to what was read. Only adding up two of one
+    layer, as repeated backward passes do, goes on with ``dW_t``. :meth:`hand_over` gives that to an optimizer.
     """
 
     _gradient: _Gradient
@@ -75,15 +82,15 @@ class DeferredGradient(Tensor):
         """``dW_r``, an ordinary tensor; the same one at every call."""
         return self._gradient.read()
 
-    def take(self, basis: Tensor) -> tuple[str, Tensor | None]:
-        """The backend, and ``dW_t``, to be overwritten, if this is the gradient for that basis and nobody has read it."""
+    def hand_over(self, basis: Tensor) -> tuple[str, Tensor | None]:
+        """The backend, and ``dW_t``, to be overwritten, if this is the gradient for that basis and still unread."""
         gradient, taken = self._gradient, None
-        if gradient.basis is basis:
+        if gradient.is_for(basis):
             taken, gradient.grad_transformed = gradient.grad_transformed, None
         return gradient.backend, taken
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is _aten.detach.default:
             return cls(args[0]._gradient)
         if func is _aten.add_.Tensor and not kwargs and _add(*args):

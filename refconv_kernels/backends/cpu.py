@@ -184,7 +184,9 @@ def folded_adam_slower(first: Tensor) -> None:
 def fused_sgd_limits(basis: Tensor, refocus: Tensor) -> str | None:
     """Why the ``fused_sgd`` kernel does not cover this problem; None when it does."""
     if not _is_dense_3x3(basis, refocus):
-        return f"weight {tuple(basis.shape)} with W_r {tuple(refocus.shape)}: the kernel is for dense 3x3 bases, 3x3 taps"
+        return (
+            f"weight {tuple(basis.shape)} with W_r {tuple(refocus.shape)}: the kernel is for dense 3x3 bases, 3x3 taps"
+        )
     if not (basis.is_contiguous() and refocus.is_contiguous()):
         return "the weights are not contiguous"
     return _limits(basis, "basis", _OPTIMIZED_DTYPES)

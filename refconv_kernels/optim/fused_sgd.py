@@ -22,25 +22,26 @@ _NUMBERS = "lr", "momentum", "dampening", "weight_decay"
 class FusedSGD(SGD):
     """:class:`torch.optim.SGD` with fewer passes over the refocusing weights ``W_r`` of dense layers.
 
-    A layer's training step reads and writes tensors as large as ``W_r`` many times: to make ``W_t``, to make ``dW_r``, and in
-    the optimizer. For layers that are dense, 3x3, of the full form and on the CPU (``python -m refconv_kernels info
-    --problem fused_sgd`` says why another is not), this optimizer does all three in one pass, and leaves each layer the
-    ``W_t`` of its next forward. In ResNet-18 on two cores that is the larger part of what RefConv costs (docs/performance.md).
-    Everything else is :class:`torch.optim.SGD`'s, fused: other parameters, hyperparameters, schedules, ``state_dict``.
+    A step of a dense layer reads and writes tensors as large as ``W_r`` many times: to make ``W_t``, to make ``dW_r``,
+    and in the optimizer. For layers of the full form that are dense and 3x3, with contiguous float32 or float64 weights
+    on the CPU (``python -m refconv_kernels info --problem fused_sgd --weight ...`` says whether one is), this optimizer
+    does all three in one pass, and leaves the layer the ``W_t`` of its next forward. That is half of what RefConv costs
+    in ResNet-18 (docs/performance.md). Everything else is :class:`torch.optim.SGD`'s, fused: other parameters,
+    hyperparameters, schedules, ``state_dict``.
 
-    From the first step on, the gradient of such a ``W_r`` is computed where it is first read: by clipping, by a gradient
-    scaler, by a hook, by printing it. If nothing reads it, it never exists, and :meth:`step` sets it to None, as
-    ``zero_grad()`` does. So gradients add up over several backward passes before a step, not across steps.
+    From the second step on, the gradient of such a ``W_r`` is computed where it is first read: by clipping, by a
+    gradient scaler, by a hook, by printing it. If nothing reads it, it never exists, and :meth:`step` sets it to None,
+    as ``zero_grad()`` does. So gradients add up over the backward passes before a step, but not across steps.
 
     Source: ours, not in the paper; equations in csrc/problem.h.
 
     Args:
         params: as for every optimizer of PyTorch: parameters, named parameters or groups of them.
-        model: the module in which layers are looked up; those whose ``transform.weight`` is not in ``params`` are left alone.
+        model: the module in which layers are looked up, now; those whose ``transform.weight`` is not in ``params`` are
+            left alone.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in :class:`torch.optim.SGD`.
 
-    Between steps, a write through ``parameter.data`` is invisible to PyTorch's version counter; call ``model.train()``
-    after one.
+    A write through ``parameter.data`` is invisible to PyTorch's version counter; call ``model.train()`` after one.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -68,11 +69,12 @@ class FusedSGD(SGD):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model (={model!r}) must be the torch.nn.Module whose parameters are trained")
-        self._layers = {m.transform.weight: m for m in model.modules() if isinstance(m, RefConv2d) and m.form == "full"}
+        layers = [module for module in model.modules() if isinstance(module, RefConv2d) and module.form == "full"]
+        self._layers: dict[Any, RefConv2d] = {layer.transform.weight: layer for layer in layers}
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure``, if given, computes the loss anew with gradients, and its value is returned."""
         loss = None
         if closure is not None:
@@ -80,10 +82,7 @@ class FusedSGD(SGD):
                 loss = closure()
         for group in self.param_groups:
             numbers = *(float(group[name]) for name in _NUMBERS), group["nesterov"], group["maximize"]
-            others = []
-            for p in group["params"]:
-                if p.grad is not None and not (type(p.grad) is DeferredGradient and self._fused_step(p, numbers)):
-                    others.append(p)
+            others = [p for p in group["params"] if p.grad is not None and not self._fused_step(p, numbers)]
             self._plain_step(group, others)
             for p in others:  # the first step, or somebody read the gradient
                 layer = self._layers.get(p)
@@ -91,23 +90,24 @@ class FusedSGD(SGD):
                     layer.keep_ahead(layer.weight, backend)
         return loss
 
-    def _fused_step(self, refocus: Any, numbers: tuple[Any, ...]) -> bool:
+    def _fused_step(self, refocus: Tensor, numbers: tuple[Any, ...]) -> bool:
         """The step on a layer's ``W_r``, if its gradient was left to this optimizer."""
-        layer = self._layers.get(refocus)
-        if layer is None or layer.transform.weight is not refocus:
+        layer, gradient = self._layers.get(refocus), refocus.grad
+        if layer is None or not isinstance(gradient, DeferredGradient) or layer.transform.weight is not refocus:
             return False
-        basis = layer.basis_weight
-        backend, transformed = refocus.grad.take(basis)
+        basis, identity = layer.basis_weight, layer.transform.identity
+        backend, transformed = gradient.hand_over(basis)
         if transformed is None:
             return False
+        _, momentum, *_ = numbers
         buffer = self._momentum(refocus)
         first = buffer is None
-        if first:
-            buffer = torch.empty_like(refocus) if numbers[1] != 0 else refocus.new_empty(0)
+        if buffer is None:
+            buffer = torch.empty_like(refocus) if momentum != 0 else refocus.new_empty(0)
         run = KERNELS["fused_sgd"][backend].forward
-        run(basis, transformed, refocus, buffer, layer.transform.identity, *numbers, first)
+        run(basis, transformed, refocus, buffer, identity, *numbers, first)
         increment_version((refocus, buffer))
-        if first and numbers[1] != 0:
+        if momentum != 0:
             self.state[refocus]["momentum_buffer"] = buffer
         refocus.grad = None
         layer.keep_ahead(transformed, backend)  # what was dW_t
@@ -116,21 +116,12 @@ class FusedSGD(SGD):
     def _plain_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """PyTorch's step, fused where it can be; parameters without a momentum yet take their first one apart."""
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
-        started = [p for p in params if self._momentum(p) is not None]
-        for some in (started, [p for p in params if p not in set(started)]):
-            buffers = [self._momentum(p) for p in some]
-            sgd(
-                some,
-                [p.grad.read() if isinstance(p.grad, DeferredGradient) else p.grad for p in some],  # type: ignore[misc]
-                buffers,
-                fused=fused,
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=group["dampening"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-            )
+        started = {p: buffer for p in params if (buffer := self._momentum(p)) is not None}
+        for some in ([p for p in params if p in started], [p for p in params if p not in started]):
+            buffers = [started.get(p) for p in some]
+            gradients: list[Any] = [p.grad.read() if isinstance(p.grad, DeferredGradient) else p.grad for p in some]
+            options = {name: group[name] for name in (*_NUMBERS, "nesterov", "maximize")}
+            sgd(some, gradients, buffers, fused=fused, **options)
             if group["momentum"] != 0:
                 for p, buffer in zip(some, buffers, strict=True):
                     self.state[p]["momentum_buffer"] = buffer
