@@ -42,9 +42,9 @@ void fused_sgd(const FusedSgdProblem& p, const T* basis, T* transformed, T* refo
   alignas(64) T held[kHeld * 9];
   for (int64_t n = begin; n < end; n += kHeld) {
     const int64_t count = least(kHeld, end - n), at = n * 9;
-    refocus_some_kernels<T, false>(basis + at, transformed + at, held, count);
+    refocus_some_kernels<T, false>(basis + at, transformed + at, held, count, true);
     step(p, held, refocus + at, momentum == nullptr ? nullptr : momentum + at, count * 9);
-    forward(basis + at, refocus + at, transformed + at, count);
+    forward(basis + at, refocus + at, transformed + at, count, true);
   }
 }
 

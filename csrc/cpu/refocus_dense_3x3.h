@@ -105,14 +105,16 @@ REFCONV_INLINE void refocus_kernels(const S* basis, const S* factors, S* result)
   store_taps(result, sum, taps);
 }
 
-// Any number of kernels.
+// Any number of kernels. `ahead`: the next ones are fetched, which costs a twelfth where they lie in the caches anyway.
 template <typename S, bool START>
-void refocus_some_kernels(const S* basis, const S* factors, S* result, int64_t count) {
+void refocus_some_kernels(const S* basis, const S* factors, S* result, int64_t count, bool ahead) {
   constexpr int64_t kAtOnce = kLanes<Compute<S>>, kSize = 9 * kAtOnce;
   constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(S));
   int64_t n = 0;
   for (; n + kAtOnce <= count; n += kAtOnce) {
-    for (const S* next : {basis, factors, static_cast<const S*>(result)}) prefetch(next + n * 9 + kAhead, kSize);
+    if (ahead) {
+      for (const S* next : {basis, factors, static_cast<const S*>(result)}) prefetch(next + n * 9 + kAhead, kSize);
+    }
     refocus_kernels<S, START>(basis + n * 9, factors + n * 9, result + n * 9);
   }
   if (n == count) return;
@@ -125,17 +127,19 @@ void refocus_some_kernels(const S* basis, const S* factors, S* result, int64_t c
   __builtin_memcpy(result + n * 9, to, bytes);
 }
 
-// Kernels `begin` to `end` - 1. `around`: the result is written around the cache.
+// Kernels `begin` to `end` - 1. `large`: the tensors hardly stay in a cache. `around`: the result is written around it.
 template <typename S, bool START>
-void refocus_dense_3x3(const S* basis, const S* factors, S* result, int64_t begin, int64_t end, bool around) {
+void refocus_dense_3x3(const S* basis, const S* factors, S* result, int64_t begin, int64_t end, bool large,
+                       bool around) {
   if (!around) {
-    return refocus_some_kernels<S, START>(basis + begin * 9, factors + begin * 9, result + begin * 9, end - begin);
+    basis += begin * 9, factors += begin * 9, result += begin * 9;
+    return refocus_some_kernels<S, START>(basis, factors, result, end - begin, large);
   }
   constexpr int64_t kHeld = 64;
   alignas(64) S held[kHeld * 9];
   for (int64_t n = begin; n < end; n += kHeld) {
     const int64_t count = least(kHeld, end - n);
-    refocus_some_kernels<S, START>(basis + n * 9, factors + n * 9, held, count);
+    refocus_some_kernels<S, START>(basis + n * 9, factors + n * 9, held, count, true);
     stream(result + n * 9, held, count * 9);
   }
   end_streams();

@@ -79,12 +79,22 @@ Narrow<S> narrow(const RefocusProblem& p) {
 
 }  // namespace
 
+namespace {
+
+// Whether W_r and what is as large hardly stay in a cache.
+template <typename S>
+bool large(const RefocusProblem& p) {
+  return p.kernels * p.row_length() * static_cast<int64_t>(sizeof(S)) >= kAroundBytes;
+}
+
+}  // namespace
+
 template <typename S>
 void refocus_narrow_forward(const RefocusProblem& p, const S* basis, const S* refocus, S* transformed, int64_t begin,
                             int64_t end) {
   if (is_dense_3x3(p)) {
     const auto run = p.identity ? refocus_dense_3x3<S, true> : refocus_dense_3x3<S, false>;
-    return run(basis, refocus, transformed, begin, end, false);
+    return run(basis, refocus, transformed, begin, end, large<S>(p), false);
   }
   const auto run = narrow<S>(p).forward;
   const int64_t size = p.kernel_size();
@@ -98,9 +108,8 @@ template <typename S>
 void refocus_narrow_backward(const RefocusProblem& p, const S* grad_transformed, const S* basis, S* grad_refocus,
                              int64_t begin, int64_t end) {
   if (is_dense_3x3(p)) {
-    const int64_t bytes = p.kernels * p.row_length() * static_cast<int64_t>(sizeof(S));
-    const bool around = bytes >= kAroundBytes && grad_refocus != grad_transformed;
-    return refocus_dense_3x3<S, false>(basis, grad_transformed, grad_refocus, begin, end, around);
+    const bool around = large<S>(p) && grad_refocus != grad_transformed;
+    return refocus_dense_3x3<S, false>(basis, grad_transformed, grad_refocus, begin, end, large<S>(p), around);
   }
   const auto run = narrow<S>(p).backward;
   const int64_t size = p.kernel_size();

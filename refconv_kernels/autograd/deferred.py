@@ -21,27 +21,27 @@ class KnownWeight(Function):
 
     @staticmethod
     def forward(ctx: Any, basis: Tensor, refocus: Tensor, transformed: Tensor, backend: str) -> Tensor:
-        ctx.save_for_backward(basis)
-        ctx.sizes, ctx.backend = tuple(refocus.shape[1:3]), backend
+        # Not by save_for_backward, which costs the backward 10 microseconds: the basis is a leaf.
+        ctx.basis, ctx.version, ctx.sizes, ctx.backend = basis, basis._version, tuple(refocus.shape[1:3]), backend
         return transformed.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (basis,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives
-            return None, apply(RefocusWeightBackward, grad, basis, *ctx.sizes, ctx.backend), None, None
-        deferred = _Gradient(grad.contiguous(), basis, ctx.sizes, ctx.backend)
+            return None, apply(RefocusWeightBackward, grad, ctx.basis, *ctx.sizes, ctx.backend), None, None
+        deferred = _Gradient(grad.contiguous(), ctx.basis, ctx.version, ctx.sizes, ctx.backend)
         return None, DeferredGradient(deferred), None, None
 
 
 class _Gradient:
     """What a :class:`DeferredGradient` and its aliases share."""
 
-    def __init__(self, grad_transformed: Tensor, basis: Tensor, sizes: tuple[int, int], backend: str) -> None:
+    def __init__(
+        self, grad_transformed: Tensor, basis: Tensor, version: int, sizes: tuple[int, int], backend: str
+    ) -> None:
         self.grad_transformed: Tensor | None = grad_transformed
-        self.basis, self.sizes, self.backend = basis, sizes, backend
+        self.basis, self._version, self.sizes, self.backend = basis, version, sizes, backend
         self.value: Tensor | None = None
-        self._version = basis._version
 
     def is_for(self, basis: Tensor) -> bool:
         return self.basis is basis and basis._version == self._version
@@ -53,7 +53,7 @@ class _Gradient:
                     "the gradient of transform.weight was used up by FusedSGD.step(): read or clone it before the step"
                 )
             if not self.is_for(self.basis):
-                raise RuntimeError("basis_weight changed after backward(), before the gradient of W_r was computed")
+                raise RuntimeError("basis_weight changed after the forward, before the gradient of W_r was computed")
             run = KERNELS["refocus_weight"][self.backend].backward
             self.value = run(self.grad_transformed, self.basis, *self.sizes)
             self.grad_transformed = None

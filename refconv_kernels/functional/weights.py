@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from refconv_kernels.autocast import HALVES, no_autocast
 from refconv_kernels.autograd import RefocusWeight, ThinRefocusWeight, apply
 from refconv_kernels.checks import check_basis, check_dims, check_same, check_tensors
 from refconv_kernels.geometry import output_format
-from refconv_kernels.ops import choose
+from refconv_kernels.ops import choose, recall, remember
 
 
 def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> Tensor:
@@ -45,6 +47,14 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
         >>> refocus_weight(basis, torch.zeros(8, 8, 3, 3)).shape
         torch.Size([8, 1, 3, 3])
     """
+    try:
+        problem: Any = basis.shape, refocus.shape, basis.dtype, refocus.dtype, basis.device, refocus.device
+        backend = recall(problem)
+    except (AttributeError, TypeError):  # no tensors, or symbolic sizes
+        problem = backend = None
+    if backend is not None and basis.is_contiguous():
+        return apply(RefocusWeight, basis, refocus, identity, backend)
+
     check_tensors(basis=basis, refocus=refocus)
     check_dims("basis", basis, 4, "[C_out, C_in/g, K_h, K_w]")
     check_dims("refocus", refocus, 4, "[N, g, k, k]")
@@ -69,6 +79,8 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
         with no_autocast(basis):
             transformed = reference.refocus_weight(basis, refocus, identity)
     else:
+        if problem is not None:
+            remember(problem, backend)
         transformed = apply(RefocusWeight, basis, refocus, identity, backend)
     return _like(transformed, basis, dtype)
 
