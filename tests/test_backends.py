@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import refconv_kernels
 from refconv_kernels import functional, ops, use_backend
@@ -151,3 +152,67 @@ def test_backward_uses_the_backend_of_the_forward() -> None:
         assert ("GroupedConv2d" in name) == ("cpu" in BACKENDS)
         y.sum().backward()
     assert x.grad is not None
+
+
+class TestRecall:
+    """What was chosen for a problem before, and when that does not count."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ops, "_chosen", {})
+
+    def test_only_auto_recalls(self) -> None:
+        ops.remember(("problem", 1), "cpu")
+        assert ops.recall(("problem", 1)) == "cpu"
+        assert ops.recall(("problem", 2)) is None
+        with use_backend("reference"):
+            assert ops.recall(("problem", 1)) is None
+            ops.remember(("problem", 2), "reference")
+        assert ops.recall(("problem", 2)) is None
+        with forward_ad.dual_level():
+            assert ops.recall(("problem", 1)) is None
+        assert ops.recall(("problem", 1)) == "cpu"
+
+    def test_it_does_not_grow_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ops, "_MOST_CHOSEN", 10)
+        for problem in range(25):
+            ops.remember(problem, "cpu")
+            assert len(ops._chosen) <= 10
+            assert ops.recall(problem) == "cpu"
+
+    @needs_native
+    def test_a_problem_seen_before_is_not_looked_at_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looked: list[str] = []
+        choose = ops.choose
+        for module in (functional.layers, functional.weights):
+            monkeypatch.setattr(module, "choose", lambda name, *a, **k: looked.append(name) or choose(name, *a, **k))
+        x, basis = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
+        refocus = torch.randn(4, 4, 3, 3)
+        results = [functional.refconv2d(x, basis, refocus, None, (1, 1), (1, 1), (1, 1), 4) for _ in range(3)]
+        assert looked == ["refconv2d", "grouped_conv2d"]
+        weights = [functional.refocus_weight(basis, refocus) for _ in range(3)]
+        assert looked == ["refconv2d", "grouped_conv2d", "refocus_weight"]
+        assert all(torch.equal(results[0], other) for other in results)
+        assert all(torch.equal(weights[0], other) for other in weights)
+
+    def test_another_problem_of_the_same_sizes(self) -> None:
+        x, basis, refocus = torch.randn(2, 4, 5, 5), torch.randn(4, 1, 3, 3), torch.randn(4, 4, 3, 3)
+        geometry = (1, 1), (1, 1), (1, 1), 4
+        for dtype in (torch.float32, torch.float64):
+            functional.refconv2d(*(t.to(dtype) for t in (x, basis, refocus)), None, *geometry)
+            functional.refocus_weight(basis.to(dtype), refocus.to(dtype))
+        with pytest.raises(TypeError, match="refocus.dtype"):
+            functional.refocus_weight(basis, refocus.double())
+        with pytest.raises(TypeError, match="refocus.dtype"):
+            functional.refconv2d(x, basis, refocus.double(), None, *geometry)
+        with pytest.raises(TypeError, match="bias.dtype"):
+            functional.refconv2d(x, basis, refocus, torch.zeros(4).double(), *geometry)
+        with pytest.raises(ValueError, match="groups"):
+            functional.refconv2d(x, basis, refocus, None, (1, 1), (1, 1), (1, 1), 2)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            y = functional.refconv2d(x.contiguous(memory_format=layout), basis, refocus, None, *geometry)
+            assert y.is_contiguous(memory_format=layout)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert functional.refconv2d(x, basis, refocus, None, *geometry).dtype == torch.bfloat16
+        batched = torch.func.vmap(lambda x: functional.refconv2d(x, basis, refocus, None, *geometry))(x[None])
+        torch.testing.assert_close(batched[0], functional.refconv2d(x, basis, refocus, None, *geometry))
