@@ -309,24 +309,29 @@ class RefConv2d(nn.Module):
     def keep_ahead(self, weight: Tensor, backend: str) -> None:
         """Take ``W_t`` of the parameters as they are now, ``[C_out, C_in/groups, K_h, K_w]``, from an optimizer that
         computed it with ``backend``. Training uses it until a parameter changes, and leaves the optimizer ``dW_t``
-        (:class:`~refconv_kernels.autograd.DeferredGradient`). For the full form, with a frozen basis."""
+        (:class:`~refconv_kernels.autograd.DeferredGradient`). For a layer that :meth:`takes_ahead`."""
         kept = KeptWeight.of(weight.detach(), (self.basis_weight, self.transform.weight))  # type: ignore[arg-type]
         self._ahead = None if kept is None else (kept, backend)
+
+    def takes_ahead(self) -> bool:
+        """Whether ``W_t`` may come from elsewhere: the full form, a frozen basis, and no hook on the transformation."""
+        hooked = any(map(vars(self.transform).get, _HOOKS))
+        return self.form == "full" and not hooked and not self.basis_weight.requires_grad
 
     def _weight_ahead(self) -> Tensor | None:
         """``W_t`` as an optimizer left it; None where it must be computed."""
         if self._ahead is None or torch.compiler.is_compiling():
             return None
-        basis, transform, (kept, backend) = self.basis_weight, self.transform, self._ahead
-        refocus: Any = transform.weight
+        basis, (kept, backend) = self.basis_weight, self._ahead
+        refocus: Any = self.transform.weight
         if not kept.is_of((basis, refocus)):
             self._ahead = None
             return None
-        if not torch.is_grad_enabled() or basis.requires_grad or not refocus.requires_grad:
+        if not torch.is_grad_enabled() or not refocus.requires_grad or torch._C._are_functorch_transforms_active():
             return None
-        if torch._C._are_functorch_transforms_active() or any(map(vars(transform).get, _HOOKS)):
+        if not self.takes_ahead() or not still_chosen(backend):
             return None
-        return apply(KnownWeight, basis, refocus, kept.weight, backend) if still_chosen(backend) else None
+        return apply(KnownWeight, basis, refocus, kept.weight, backend)
 
     # --- state --------------------------------------------------------------------------------------------
 

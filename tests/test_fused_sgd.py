@@ -290,6 +290,16 @@ def test_where_the_gradient_is_not_deferred(how: str) -> None:
     assert calls == ([1] if how == "hook" else [])
 
 
+def test_hooks_on_the_transformation_are_called_as_often_as_with_sgd() -> None:
+    counts = []
+    for model, optimizer in both(network()):
+        calls: list[int] = []
+        model[2].transform.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        train(model, optimizer, 3)
+        counts.append(len(calls))
+    assert counts == [3, 3]
+
+
 def test_second_derivatives() -> None:
     layer = RefConv2d(2, 3, 3, dtype=torch.float64)
     optimizer = FusedSGD(layer.parameters(), layer, lr=0.1)

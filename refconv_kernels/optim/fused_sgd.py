@@ -87,7 +87,8 @@ class FusedSGD(SGD):
             for p in others:  # the first step, or somebody read the gradient
                 layer = self._layers.get(p)
                 if layer is not None and (backend := _backend(layer, p)) != "reference":
-                    layer.keep_ahead(layer.weight, backend)
+                    transform = KERNELS["refocus_weight"][backend].forward
+                    layer.keep_ahead(transform(layer.basis_weight, p, layer.transform.identity), backend)
         return loss
 
     def _fused_step(self, refocus: Tensor, numbers: tuple[Any, ...]) -> bool:
@@ -135,6 +136,6 @@ class FusedSGD(SGD):
 
 def _backend(layer: RefConv2d, refocus: Tensor) -> str:
     """The backend whose kernel covers the step on ``refocus``, the layer's ``W_r``; ``"reference"`` if none does."""
-    if layer.form != "full" or layer.transform.weight is not refocus or layer.basis_weight.requires_grad:
+    if not layer.takes_ahead() or layer.transform.weight is not refocus:
         return "reference"
     return choose("fused_sgd", layer.basis_weight, refocus, optional=True)
