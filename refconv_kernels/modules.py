@@ -283,7 +283,7 @@ class RefConv2d(nn.Module):
         ahead = self._weight_ahead()
         if ahead is not None:
             try:
-                if self.padding_mode == "zeros":  # microseconds less
+                if self.padding_mode == "zeros" and self.groups == 1 < self.in_channels:  # microseconds less
                     return nn.functional.conv2d(input, ahead, *geometry)
             except (RuntimeError, TypeError):
                 pass  # below it says what is wrong

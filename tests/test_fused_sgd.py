@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from refconv_kernels import FusedSGD, RefConv2d, full_to_thin, functional, refocus, use_backend
 from refconv_kernels.autograd import DeferredGradient
+from refconv_kernels.backends import cpu
 from tests.conftest import needs_native
 
 pytestmark = needs_native
@@ -25,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def network(dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
-    """Dense layers whose kernels straddle the vectors and the block of the step: 24, 160 and 64; others between."""
+    """Dense layers with 24, 160 and 64 kernels, which straddle the vectors and blocks of the step, a depthwise one, and others."""
     torch.manual_seed(3)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -72,7 +73,7 @@ def assert_same(ours: nn.Module, other: nn.Module, **tolerance: float) -> None:
     torch.testing.assert_close(ours.state_dict(), other.state_dict(), **tolerance)
 
 
-DENSE = ["0.transform.weight", "2.transform.weight", "6.transform.weight"]
+FUSED = [f"{index}.transform.weight" for index in (0, 2, 4, 6)]
 
 
 @pytest.mark.parametrize("identity", [True, False])
@@ -84,7 +85,7 @@ def test_the_steps_are_sgds(options: dict[str, Any], dtype: torch.dtype, identit
         for model, optimizer in ((plain, sgd), (ours, fused)):
             optimizer.zero_grad()
             backward(model, images(step, dtype))
-            assert deferred(model) == (DENSE if model is ours and step > 0 else [])
+            assert deferred(model) == (FUSED if model is ours and step > 0 else [])
             optimizer.step()
             assert not deferred(model)
     tolerance = 1e-11 if dtype is torch.float64 else 1e-4
@@ -137,7 +138,7 @@ def test_gradients_of_several_backward_passes_add_up_unread() -> None:
         optimizer.zero_grad()
         backward(model, images(50))
         if model is ours:
-            assert deferred(ours) == DENSE
+            assert deferred(ours) == FUSED
             ours[0].transform.weight.grad.norm()  # one read, one not yet
         backward(model, images(51))
         optimizer.step()
@@ -327,7 +328,7 @@ def test_a_step_in_between_under_autocast() -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(images(step, torch.float32)).float().square().mean()
             loss.backward()
-            assert deferred(model) == (DENSE if model is ours and step > 0 else [])
+            assert deferred(model) == (FUSED if model is ours and step > 0 else [])
             optimizer.step()
     assert_same(ours, plain, rtol=2e-2, atol=2e-3)
 
@@ -379,7 +380,7 @@ def test_copies_with_their_model() -> None:
         train(other, its, 2, first=2)
         assert_same(other, model)
         backward(other, images(5))
-        assert deferred(other) == DENSE
+        assert deferred(other) == FUSED
 
 
 def test_groups_schedules_and_closures() -> None:
@@ -414,7 +415,7 @@ def test_only_what_was_given_is_trained() -> None:
     assert {"0.transform.weight", "1.weight"} <= changed
     assert not any(name.startswith(("2.", "4.", "5.", "6.")) for name in changed)
     backward(model, images(5))
-    assert deferred(model) == DENSE[:1]
+    assert deferred(model) == FUSED[:1]
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
@@ -441,6 +442,22 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_which_layers_have_a_kernel() -> None:
+    def why_not(shape: tuple[int, ...], groups: int, dtype: torch.dtype = torch.float32, last: bool = False) -> Any:
+        basis = torch.empty(shape, dtype=dtype)
+        refocus = torch.empty(shape[0] * shape[1], groups, 3, 3, dtype=dtype)
+        layout = torch.channels_last if last else torch.contiguous_format
+        return cpu.fused_sgd_limits(basis.contiguous(memory_format=layout), refocus)
+
+    assert why_not((64, 64, 3, 3), 1) is None
+    assert why_not((64, 1, 3, 3), 64, torch.float64) is None
+    assert why_not((64, 8, 3, 3), 8) is None
+    assert "3x3 kernels, dense or with rows of W_r of 64 entries" in why_not((64, 16, 3, 3), 4)
+    assert "W_b (64, 1, 5, 5)" in why_not((64, 1, 5, 5), 64)
+    assert "contiguous" in why_not((64, 64, 3, 3), 1, last=True)
+    assert "torch.bfloat16" in why_not((64, 64, 3, 3), 1, torch.bfloat16)
 
 
 def test_errors() -> None:

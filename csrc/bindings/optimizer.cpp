@@ -46,10 +46,11 @@ void fused_sgd(const Tensor& basis, const Tensor& transformed, const Tensor& ref
       maximize,
       first,
   };
-  STD_TORCH_CHECK(cpu::is_dense_3x3(p.transformation) && refocus.size(3) == 3 &&
-                      refocus.size(0) == p.transformation.kernels && transformed.numel() == basis.numel() &&
-                      (!moves || momentum_buffer.numel() == basis.numel()),
-                  "refocus must be [kernels, 1, 3, 3], and basis, transformed and momentum_buffer as large");
+  const RefocusProblem& t = p.transformation;
+  STD_TORCH_CHECK(t.kernel_h == 3 && t.kernel_w == 3 && refocus.size(0) == t.kernels && refocus.size(3) == t.map_size &&
+                      transformed.numel() == basis.numel() && (!moves || momentum_buffer.numel() == refocus.numel()),
+                  "refocus must be [kernels, group_size, map_size, map_size] for 3x3 kernels, transformed as large as "
+                  "basis and momentum_buffer as refocus");
   STD_TORCH_CHECK(momentum_buffer.scalar_type() == basis.scalar_type() && basis.is_contiguous() &&
                       transformed.is_contiguous() && refocus.is_contiguous() && momentum_buffer.is_contiguous(),
                   "all tensors must be contiguous and of one dtype");
@@ -57,9 +58,9 @@ void fused_sgd(const Tensor& basis, const Tensor& transformed, const Tensor& ref
     using T = typename decltype(type)::type;
     const auto kernel = cpu::instruction_set().kernels.fused_sgd<T>();
     const T* b = data<T>(basis);
-    T *t = mutable_data<T>(transformed), *r = mutable_data<T>(refocus);
+    T *w = mutable_data<T>(transformed), *r = mutable_data<T>(refocus);
     T* m = moves ? mutable_data<T>(momentum_buffer) : nullptr;
-    parallel(p.transformation.kernels, 2 * 81, [&](int64_t begin, int64_t end) { kernel(p, b, t, r, m, begin, end); });
+    parallel(t.kernels, 2 * t.row_length() * 9, [&](int64_t begin, int64_t end) { kernel(p, b, w, r, m, begin, end); });
   });
 }
 

@@ -61,8 +61,8 @@ template <typename T>
 using FoldedAdamKernel = void (*)(const FoldedAdamProblem&, const T* first, const T* root, const T* gradient,
                                   const T* rotation, T* updated, T* direction, int64_t begin, int64_t end);
 
-// Tasks: the 2-D kernels. transformed is dW_t before and W_t after. For is_dense_3x3() transformations; momentum may be
-// null if that of the problem is 0.
+// Tasks: the 2-D kernels. transformed is dW_t before and W_t after. For 3x3 kernels; momentum may be null if that of
+// the problem is 0.
 template <typename T>
 using FusedSgdKernel = void (*)(const FusedSgdProblem&, const T* basis, T* transformed, T* refocus, T* momentum,
                                 int64_t begin, int64_t end);

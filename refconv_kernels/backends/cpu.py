@@ -183,10 +183,9 @@ def folded_adam_slower(first: Tensor) -> None:
 
 def fused_sgd_limits(basis: Tensor, refocus: Tensor) -> str | None:
     """Why the ``fused_sgd`` kernel does not cover this problem; None when it does."""
-    if not _is_dense_3x3(basis, refocus):
-        return (
-            f"weight {tuple(basis.shape)} with W_r {tuple(refocus.shape)}: the kernel is for dense 3x3 bases, 3x3 taps"
-        )
+    if basis.shape[2:] != (3, 3) or not (_is_wide(refocus) or _is_dense_3x3(basis, refocus)):
+        shapes = f"W_b {tuple(basis.shape)}, W_r {tuple(refocus.shape)}"
+        return f"{shapes}: the kernel is for 3x3 kernels, dense or with rows of W_r of {_WIDE_ROW} entries"
     if not (basis.is_contiguous() and refocus.is_contiguous()):
         return "the weights are not contiguous"
     return _limits(basis, "basis", _OPTIMIZED_DTYPES)

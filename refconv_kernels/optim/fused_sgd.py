@@ -1,4 +1,4 @@
-"""``FusedSGD``: SGD whose step on dense layers makes ``dW_r``, applies it and makes the next ``W_t``, in one pass."""
+"""``FusedSGD``: SGD whose step makes ``dW_r``, applies it and makes the next ``W_t``, in one pass over ``W_r``."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ _NUMBERS = "lr", "momentum", "dampening", "weight_decay"
 
 
 class FusedSGD(SGD):
-    """:class:`torch.optim.SGD` with fewer passes over the refocusing weights ``W_r`` of dense layers.
+    """:class:`torch.optim.SGD` with fewer passes over the refocusing weights ``W_r`` of the full form.
 
-    A step of a dense layer reads and writes tensors as large as ``W_r`` many times: to make ``W_t``, to make ``dW_r``,
-    and in the optimizer. For layers of the full form that are dense and 3x3, with contiguous float32 or float64 weights
-    on the CPU (``python -m refconv_kernels info --problem fused_sgd --weight ...`` says whether one is), this optimizer
-    does all three in one pass, and leaves the layer the ``W_t`` of its next forward. That is half of what RefConv costs
-    in ResNet-18 (docs/performance.md). Everything else is :class:`torch.optim.SGD`'s, fused: other parameters,
-    hyperparameters, schedules, ``state_dict``.
+    A step reads and writes tensors as large as ``W_r`` many times: to make ``W_t``, to make ``dW_r``, and in the
+    optimizer. For layers of the full form with 3x3 kernels, dense or with 8 groups and more, whose weights are contiguous
+    float32 or float64 on the CPU, this optimizer does all three in one pass, and leaves the layer the ``W_t`` of its next
+    forward: most of what RefConv costs in ResNet-18 and MobileNetV2 (docs/performance.md). Whether a layer is one says
+    ``python -m refconv_kernels info --problem fused_sgd --weight 64,64,3,3``. Everything else is
+    :class:`torch.optim.SGD`'s, fused: other parameters, hyperparameters, schedules, ``state_dict``.
 
     From the second step on, the gradient of such a ``W_r`` is computed where it is first read: by clipping, by a
     gradient scaler, by a hook, by printing it. If nothing reads it, it never exists, and :meth:`step` sets it to None,
-    as ``zero_grad()`` does. So gradients add up over the backward passes before a step, but not across steps.
+    as ``zero_grad()`` does: that saves its memory, too. So gradients add up over the backward passes before a step, but
+    not across steps.
 
     Source: ours, not in the paper; equations in csrc/problem.h.
 

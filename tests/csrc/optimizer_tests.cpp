@@ -72,58 +72,72 @@ void test_folded_adam_all(const refconv::cpu::InstructionSet& set) {
 
 template <typename T>
 void test_fused_sgd(refconv::cpu::FusedSgdKernel<T> kernel, const std::string& isa, const FusedSgdProblem& p) {
-  const int64_t kernels = p.transformation.kernels, size = kernels * 9;
-  const Buffer<T> basis = random_buffer<T>(size);
-  Buffer<T> transformed = random_buffer<T>(size), refocus = random_buffer<T>(size), momentum = random_buffer<T>(size);
+  const refconv::RefocusProblem& shape = p.transformation;
+  const int64_t kernels = shape.kernels, length = shape.row_length(), map = shape.map_size;
+  const Buffer<T> basis = random_buffer<T>(kernels * 9);
+  Buffer<T> transformed = random_buffer<T>(kernels * 9);
+  Buffer<T> refocus = random_buffer<T>(kernels * length), momentum = random_buffer<T>(kernels * length);
   const bool moves = p.momentum != 0;
-  std::vector<double> want_refocus(size), want_momentum(size), want_transformed(size);
-  // The 49 products of W_b with dW_t or W_r: result[t] += factor[s] basis[t + s - centre], or the other way round.
-  const auto each = [](const auto& body) {
-    for (int64_t s = 0; s < 9; ++s)
-      for (int64_t t = 0; t < 9; ++t) {
-        const int64_t row = t / 3 + s / 3 - 1, column = t % 3 + s % 3 - 1;
-        if (row >= 0 && row < 3 && column >= 0 && column < 3) body(s, t, row * 3 + column);
-      }
+  std::vector<double> want_refocus(kernels * length), want_momentum(kernels * length), want_transformed(kernels * 9);
+  // Which entry of a row of W_r meets which of W_b for which of W_t.
+  const auto each = [&](int64_t n, const auto& body) {
+    for (int64_t j = 0; j < shape.group_size; ++j)
+      for (int64_t s = 0; s < map * map; ++s)
+        for (int64_t t = 0; t < 9; ++t) {
+          const int64_t row = t / 3 + s / map - map / 2, column = t % 3 + s % map - map / 2;
+          const int64_t kernel_of_basis = n / shape.group_size * shape.group_size + j;
+          if (row >= 0 && row < 3 && column >= 0 && column < 3)
+            body(n * length + j * map * map + s, n * 9 + t, kernel_of_basis * 9 + row * 3 + column);
+        }
   };
   for (int64_t n = 0; n < kernels; ++n) {
-    double grad[9] = {};
-    each([&](int64_t s, int64_t t, int64_t b) { grad[s] += value(transformed[n * 9 + t]) * value(basis[n * 9 + b]); });
-    for (int64_t k = n * 9; k < n * 9 + 9; ++k) {
-      const double d = (p.maximize ? -1 : 1) * grad[k - n * 9] + p.weight_decay * value(refocus[k]);
+    std::vector<double> grad(kernels * length);
+    each(n, [&](int64_t r, int64_t t, int64_t b) { grad[r] += value(transformed[t]) * value(basis[b]); });
+    for (int64_t k = n * length; k < (n + 1) * length; ++k) {
+      const double d = (p.maximize ? -1 : 1) * grad[k] + p.weight_decay * value(refocus[k]);
       const double m = p.first ? d : p.momentum * value(momentum[k]) + (1 - p.dampening) * d;
       want_momentum[k] = moves ? m : value(momentum[k]);
       want_refocus[k] = value(refocus[k]) - p.lr * (moves ? p.nesterov ? d + p.momentum * m : m : d);
-      want_transformed[k] = p.transformation.identity ? value(basis[k]) : 0;
     }
-    each([&](int64_t s, int64_t t, int64_t b) {
-      want_transformed[n * 9 + t] += want_refocus[n * 9 + s] * value(basis[n * 9 + b]);
-    });
+    for (int64_t t = n * 9; t < (n + 1) * 9; ++t) want_transformed[t] = shape.identity ? value(basis[t]) : 0;
+    each(n, [&](int64_t r, int64_t t, int64_t b) { want_transformed[t] += want_refocus[r] * value(basis[b]); });
   }
   for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, kernels / 3}, {kernels / 3, kernels}}) {
     kernel(p, basis.get(), transformed.get(), refocus.get(), moves ? momentum.get() : nullptr, begin, end);
   }
-  const std::string name = isa + Element<T>::name + " kernels" + std::to_string(kernels);
+  const std::string name = isa + Element<T>::name + " kernels" + std::to_string(kernels) + "/" +
+                           std::to_string(shape.group_size) + " map" + std::to_string(map);
   expect_close("W_r " + name, refocus.get(), want_refocus, 50);
   expect_close("momentum " + name, momentum.get(), want_momentum, 50);
-  expect_close("W_t " + name, transformed.get(), want_transformed, 100);
+  expect_close("W_t " + name, transformed.get(), want_transformed, 50 + 9 * length);
+}
+
+// With all that SGD knows.
+template <typename T>
+void test_fused_sgds(const refconv::cpu::InstructionSet& set, int64_t kernels, int64_t group_size, int64_t map_size) {
+  const auto kernel = set.kernels.fused_sgd<T>();
+  refconv::RefocusProblem shape{};
+  shape.kernels = kernels, shape.group_size = group_size, shape.map_size = map_size;
+  shape.kernel_h = shape.kernel_w = 3;
+  for (const bool on : {false, true}) {
+    shape.identity = on;
+    test_fused_sgd(kernel, set.name, FusedSgdProblem{shape, 0.1, 0, 0, 0, false, on, on});
+    test_fused_sgd(kernel, set.name, FusedSgdProblem{shape, 0.1, 0.9, 0, 0.01, on, false, false});
+    test_fused_sgd(kernel, set.name, FusedSgdProblem{shape, 0.1, 0.9, 0.3, 0.01, false, on, on});
+    test_fused_sgd(kernel, set.name, FusedSgdProblem{shape, 0.1, 0.9, 0.3, 0, false, true, false});
+  }
 }
 
 template <typename T>
 void test_fused_sgd_all(const refconv::cpu::InstructionSet& set) {
-  const auto kernel = set.kernels.fused_sgd<T>();
-  // Kernels straddle those at once and those whose gradient is held, in both of the parts that are computed.
+  // Dense kernels straddle those at once and those whose gradient is held, in both of the parts that are computed.
   for (const int64_t kernels : {1, 2, 7, 16, 17, 47, 48, 63, 96, 97, 191, 192, 193, 290}) {
-    refconv::RefocusProblem transformation{};
-    transformation.kernels = kernels, transformation.group_size = 1, transformation.map_size = 3;
-    transformation.kernel_h = transformation.kernel_w = 3;
-    for (const bool on : {false, true}) {
-      transformation.identity = on;
-      test_fused_sgd(kernel, set.name, FusedSgdProblem{transformation, 0.1, 0, 0, 0, false, on, on});
-      test_fused_sgd(kernel, set.name, FusedSgdProblem{transformation, 0.1, 0.9, 0, 0.01, on, false, false});
-      test_fused_sgd(kernel, set.name, FusedSgdProblem{transformation, 0.1, 0.9, 0.3, 0.01, false, on, on});
-      test_fused_sgd(kernel, set.name, FusedSgdProblem{transformation, 0.1, 0.9, 0.3, 0, false, true, false});
-    }
+    test_fused_sgds<T>(set, kernels, 1, 3);
   }
+  // Groups: rows straddle those at once and those that share a block of U, their entries vectors and blocks.
+  for (const int64_t group_size : {2, 7, 8, 25, 26, 55}) test_fused_sgds<T>(set, 2 * group_size, group_size, 3);
+  test_fused_sgds<T>(set, 3, 3, 1);
+  test_fused_sgds<T>(set, 100, 100, 3);
 }
 
 }  // namespace
