@@ -96,6 +96,9 @@ def test_info_shows_the_backend_asked_for(capsys: pytest.CaptureFixture) -> None
         ([*DEPTHWISE[:2], "thin_refconv2d", *DEPTHWISE[3:], "--dtype", "complex64"], "basis has dtype torch.complex64"),
         ([*REFOCUS[:1], "--problem", "thin_refocus_weight", *REFOCUS[3:], "--dtype", "float16"], None),
         ([*REFOCUS[:-1], "16,2,3,3", "--groups", "8"], None),
+        ([*REFOCUS[:1], "--problem", "fused_sgd", *REFOCUS[3:-1], "64,64,3,3"], None),
+        ([*REFOCUS[:1], "--problem", "fused_sgd", *REFOCUS[3:-1], "64,1,3,3"], None),
+        ([*REFOCUS[:1], "--problem", "fused_sgd", *REFOCUS[3:-1], "64,1,5,5"], "W_b (64, 1, 5, 5), W_r (64, 64, 3, 3)"),
         ([*REFOCUS, "--dtype", "complex64"], "basis has dtype torch.complex64"),
         ([*REFOCUS, "--dtype", "float16"], None),  # transformed in float32
     ],

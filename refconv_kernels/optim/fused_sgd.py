@@ -23,10 +23,10 @@ class FusedSGD(SGD):
     """:class:`torch.optim.SGD` with fewer passes over the refocusing weights ``W_r`` of the full form.
 
     A step reads and writes tensors as large as ``W_r`` many times: to make ``W_t``, to make ``dW_r``, and in the
-    optimizer. For layers of the full form with 3x3 kernels, dense or with 8 groups and more, whose weights are contiguous
-    float32 or float64 on the CPU, this optimizer does all three in one pass, and leaves the layer the ``W_t`` of its next
-    forward: most of what RefConv costs in ResNet-18 and MobileNetV2 (docs/performance.md). Whether a layer is one says
-    ``python -m refconv_kernels info --problem fused_sgd --weight 64,64,3,3``. Everything else is
+    optimizer. For layers of the full form with 3x3 kernels, dense or with 8 groups and more, whose weights are
+    contiguous float32 or float64 on the CPU, this optimizer does all three in one pass and leaves the layer the ``W_t``
+    of its next forward: most of what RefConv costs in ResNet-18 and MobileNetV2 (docs/performance.md). Whether a layer
+    is one says ``python -m refconv_kernels info --problem fused_sgd --weight 64,64,3,3``. Everything else is
     :class:`torch.optim.SGD`'s, fused: other parameters, hyperparameters, schedules, ``state_dict``.
 
     From the second step on, the gradient of such a ``W_r`` is computed where it is first read: by clipping, by a
