@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -44,6 +44,12 @@ def check_tensors(**tensors: object) -> None:
             raise TypeError(f"{name} (={value!r}) must be a torch.Tensor")
         if not (value.is_floating_point() or value.is_complex()):
             raise TypeError(f"{name}.dtype (={value.dtype}) must be a floating-point or complex type")
+
+
+def check_model(model: object) -> None:
+    """Raise unless an optimizer can look up layers in ``model``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model (={model!r}) must be the torch.nn.Module whose parameters are trained")
 
 
 def check_dims(name: str, tensor: Tensor, dims: int, shape: str) -> None:

@@ -232,6 +232,8 @@ def test_a_basis_that_changes_under_the_gradient() -> None:
     with torch.no_grad():
         model[2].basis_weight.mul_(2)
     with pytest.raises(RuntimeError, match=r"basis_weight changed after the forward"):
+        backward(model, images(4))  # must not add up with what belongs to the other basis
+    with pytest.raises(RuntimeError, match=r"basis_weight changed after the forward"):
         optimizer.step()
     optimizer.zero_grad()
     train(model, optimizer, 2)

@@ -40,11 +40,11 @@ class _Gradient:
         self, grad_transformed: Tensor, basis: Tensor, version: int, sizes: tuple[int, int], backend: str
     ) -> None:
         self.grad_transformed: Tensor | None = grad_transformed
-        self.basis, self._version, self.sizes, self.backend = basis, version, sizes, backend
+        self.basis, self.version, self.sizes, self.backend = basis, version, sizes, backend
         self.value: Tensor | None = None
 
     def is_for(self, basis: Tensor) -> bool:
-        return self.basis is basis and basis._version == self._version
+        return self.basis is basis and basis._version == self.version
 
     def read(self) -> Tensor:
         if self.value is None:
@@ -104,7 +104,9 @@ def _add(gradient: Any, other: Any) -> bool:
     if not (isinstance(gradient, DeferredGradient) and isinstance(other, DeferredGradient)):
         return False
     into, more = gradient._gradient, other._gradient
-    if into.grad_transformed is None or more.grad_transformed is None or into.basis is not more.basis:
+    if into.grad_transformed is None or more.grad_transformed is None:
+        return False
+    if into.basis is not more.basis or into.version != more.version:
         return False
     into.grad_transformed += more.grad_transformed
     return True

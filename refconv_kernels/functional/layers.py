@@ -103,27 +103,13 @@ def _autocast(input: Tensor) -> Tensor:
     return input if dtype is None else cast(input, dtype)
 
 
-def _one_call(
-    operator: str,
-    input: Tensor,
-    basis: Tensor,
-    weights: tuple[Tensor, ...],
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    padding_mode: str,
-) -> tuple[str, bool]:
-    """The backend that runs both steps as one operator, and whether the convolution is its own or PyTorch's;
-    ``_TWO_STEPS`` when they are taken one by one.
-
-    ``weights`` are what the transformation is made of: ``(W_r,)`` or ``(E, R)``.
-    """
+def _one_call(*arguments: Any) -> tuple[str, bool]:
+    """What :func:`_decide` answers, looked up where it was asked about such arguments before."""
+    operator, input, basis, weights, bias, *geometry = arguments
     try:
         problem: Any = (
-            *(operator, stride, padding, dilation, groups, padding_mode, input.shape, input.stride(), input.dtype),
-            *(input.device, basis.shape, basis.stride(), basis.dtype, basis.device),
+            *(operator, *geometry, input.shape, input.stride(), input.dtype, input.device),
+            *(basis.shape, basis.stride(), basis.dtype, basis.device),
             *((t.shape, t.dtype, t.device) for t in (*weights, bias) if t is not None),
         )
         known = recall(problem) if input.dtype is basis.dtype else None  # otherwise it depends on autocast
@@ -131,7 +117,7 @@ def _one_call(
         problem = known = None
     if known is not None and not torch._C._are_functorch_transforms_active():
         return known
-    decided = _decide(operator, input, basis, weights, bias, stride, padding, dilation, groups, padding_mode)
+    decided = _decide(*arguments)
     if problem is not None and decided is not _TWO_STEPS and input.dtype is basis.dtype:
         remember(problem, decided)
     return decided
@@ -149,9 +135,11 @@ def _decide(
     groups: int,
     padding_mode: str,
 ) -> tuple[str, bool]:
-    """The same, looked at anew.
+    """The backend that runs both steps as one operator, and whether the convolution is its own or PyTorch's;
+    ``_TWO_STEPS`` when they are taken one by one.
 
     For the plain case only, and only for arguments beyond doubt: the two steps know the rest and the errors.
+    ``weights`` are what the transformation is made of: ``(W_r,)`` or ``(E, R)``.
     """
     # Plain loops: a layer pays for every microsecond of this twice per step.
     if not (isinstance(input, Tensor) and isinstance(basis, Tensor)) or padding_mode != "zeros":

@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from refconv_kernels import folded, guard, thin
 from refconv_kernels.autocast import HALVES, no_autocast
+from refconv_kernels.checks import check_model
 from refconv_kernels.modules import RefConv2d
 from refconv_kernels.ops import KERNELS, choose
 
@@ -73,8 +74,7 @@ class FoldedAdamW(Optimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model (={model!r}) must be the torch.nn.Module whose parameters are trained")
+        check_model(model)
         self._model = model
         self._layers: dict[Tensor, RefConv2d] = {}  # by their transform.weight, of those that are trained here
         self._rotations: dict[Tensor, tuple[Any, Tensor]] = {}  # Q transposed, and what it was made of

@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.sgd import SGD, sgd
 
 from refconv_kernels.autograd import DeferredGradient
+from refconv_kernels.checks import check_model
 from refconv_kernels.modules import RefConv2d
 from refconv_kernels.ops import KERNELS, choose
 
@@ -68,8 +69,7 @@ class FusedSGD(SGD):
         *,
         maximize: bool = False,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model (={model!r}) must be the torch.nn.Module whose parameters are trained")
+        check_model(model)
         layers = [module for module in model.modules() if isinstance(module, RefConv2d) and module.form == "full"]
         self._layers: dict[Any, RefConv2d] = {layer.transform.weight: layer for layer in layers}
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
