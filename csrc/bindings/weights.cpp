@@ -5,8 +5,8 @@ namespace refconv::bindings {
 namespace {
 
 template <typename S>
-const refconv::cpu::RefocusKernels<S>& refocus_kernels() {
-  return refconv::cpu::instruction_set().kernels.refocus<S>();
+const refconv::cpu::RefocusKernels<S>& refocus_kernels(const RefocusProblem& p) {
+  return refconv::cpu::instruction_set_for(p).kernels.refocus<S>();
 }
 
 }  // namespace
@@ -34,7 +34,7 @@ Tensor refocus_weight(const Tensor& basis, const Tensor& refocus, bool identity)
   const Tensor transformed = empty(b, sizes_of(b));
   for_storage_dtype(basis, [&](auto type) {
     using S = typename decltype(type)::type;
-    const auto kernel = refocus_kernels<S>().forward;
+    const auto kernel = refocus_kernels<S>(p).forward;
     const S* b_data = data<S>(b);
     const S* r_data = data<S>(r);
     S* t_data = mutable_data<S>(transformed);
@@ -51,7 +51,7 @@ void refocus_backward_into(const RefocusProblem& p, const Tensor& grad, const Te
                            const Tensor& grad_refocus) {
   for_storage_dtype(basis, [&](auto type) {
     using S = typename decltype(type)::type;
-    const auto kernel = refocus_kernels<S>().backward;
+    const auto kernel = refocus_kernels<S>(p).backward;
     const S* g_data = data<S>(grad);
     const S* b_data = data<S>(basis);
     S* r_data = mutable_data<S>(grad_refocus);

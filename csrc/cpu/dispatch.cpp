@@ -103,4 +103,13 @@ const InstructionSet& instruction_set_for_rows(int64_t width, int64_t element_by
   return *best;
 }
 
+const InstructionSet& instruction_set_for(const RefocusProblem& p) {
+  constexpr int64_t kDenseBytes = 32;
+  if (!is_dense_3x3(p) || named().load(std::memory_order_relaxed) != nullptr) return instruction_set();
+  for (const InstructionSet* set : found()) {
+    if (set->vector_bytes <= kDenseBytes) return *set;
+  }
+  return instruction_set();
+}
+
 }  // namespace refconv::cpu

@@ -17,6 +17,23 @@ namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
 constexpr int64_t kAheadBytes = 8192;  // where the next kernels are fetched
+constexpr std::make_integer_sequence<int, 9> kTaps;
+constexpr std::make_integer_sequence<int, 5> kAllParts;  // of load_part
+
+template <typename T>
+constexpr int64_t kBlock = 9 * kLanes<T>;  // the entries of as many kernels as there are lanes
+
+#ifdef __AVX512VL__
+constexpr bool kOverlapping = true;
+#else
+constexpr bool kOverlapping = false;
+#endif
+
+template <typename S>
+void fetch_ahead(const S* basis, const S* factors, const S* result) {
+  constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(S));
+  for (const S* next : {basis, factors, result}) prefetch(next + kAhead, kBlock<Compute<S>>);
+}
 
 // Lane i of the result is that of `b` where Lanes::of(i), otherwise that of `a`.
 template <typename T, typename Lanes, int... I>
@@ -66,13 +83,25 @@ constexpr int vector_of(int tap) {
   return v;
 }
 
-template <typename S, int... TAP>
-REFCONV_INLINE void load_taps(const S* from, Vec<Compute<S>>* v, std::integer_sequence<int, TAP...> taps) {
+// The taps of as many kernels as there are lanes, in parts that the products of others can come between: after the
+// last one `v` has one tap per vector.
+
+template <typename S, int PART, int... TAP>
+REFCONV_INLINE void load_part(const S* from, Vec<Compute<S>>* v, std::integer_sequence<int, TAP...> taps) {
   using T = Compute<S>;
-  ((v[TAP] = load(from + vector_of<T>(TAP) * kLanes<T>)), ...);
-  turn_lanes<T, 1, false>(v), turn_lanes<T, 2, false>(v), turn_lanes<T, 4, false>(v);
-  if constexpr (kLanes<T> > 8) turn_lanes<T, 8, false>(v);
-  rotate_lanes<T, false>(v, taps);
+  if constexpr (PART == 0) {
+    ((v[TAP] = load(from + vector_of<T>(TAP) * kLanes<T>)), ...);
+    turn_lanes<T, 1, false>(v);
+  }
+  if constexpr (PART == 1) turn_lanes<T, 2, false>(v);
+  if constexpr (PART == 2 && kLanes<T> > 4) turn_lanes<T, 4, false>(v);
+  if constexpr (PART == 3 && kLanes<T> > 8) turn_lanes<T, 8, false>(v);
+  if constexpr (PART == 4) rotate_lanes<T, false>(v, taps);
+}
+
+template <typename S, int... PART>
+REFCONV_INLINE void load_taps(const S* from, Vec<Compute<S>>* v, std::integer_sequence<int, PART...>) {
+  (load_part<S, PART>(from, v, kTaps), ...);
 }
 
 template <typename S, int... TAP>
@@ -80,42 +109,98 @@ REFCONV_INLINE void store_taps(S* to, Vec<Compute<S>>* v, std::integer_sequence<
   using T = Compute<S>;
   rotate_lanes<T, true>(v, taps);
   if constexpr (kLanes<T> > 8) turn_lanes<T, 8, true>(v);
-  turn_lanes<T, 4, true>(v), turn_lanes<T, 2, true>(v), turn_lanes<T, 1, true>(v);
+  if constexpr (kLanes<T> > 4) turn_lanes<T, 4, true>(v);
+  turn_lanes<T, 2, true>(v), turn_lanes<T, 1, true>(v);
   (store(to + vector_of<T>(TAP) * kLanes<T>, v[TAP]), ...);
 }
 
-// As many kernels as there are lanes. `start`: the sums begin with `basis`.
+// `start`: the sums begin with the kernel.
+template <typename T, bool START>
+REFCONV_INLINE void begin_sums(const Vec<T>* k, Vec<T>* sum) {
+#pragma GCC unroll 9
+  for (int t = 0; t < 9; ++t) sum[t] = START ? k[t] : Vec<T>{};
+}
+
+// The products with tap `s`.
+template <typename T, int s>
+REFCONV_INLINE void add_products(Vec<T> f, const Vec<T>* k, Vec<T>* sum) {
+#pragma GCC unroll 9
+  for (int t = 0; t < 9; ++t) {  // sums in turn: one of them alone would wait for itself
+    const int row = t / 3 + s / 3 - 1, column = t % 3 + s % 3 - 1;
+    if (row >= 0 && row < 3 && column >= 0 && column < 3) sum[t] += f * k[row * 3 + column];
+  }
+}
+
+template <typename T, int... TAP>
+REFCONV_INLINE void add_all_products(const Vec<T>* f, const Vec<T>* k, Vec<T>* sum,
+                                     std::integer_sequence<int, TAP...>) {
+  (add_products<T, TAP>(f[TAP], k, sum), ...);
+}
+
+// As many kernels as there are lanes.
 template <typename S, bool START>
 REFCONV_INLINE void refocus_kernels(const S* basis, const S* factors, S* result) {
   using T = Compute<S>;
-  constexpr std::make_integer_sequence<int, 9> taps;
   Vec<T> k[9], f[9], sum[9];
-  load_taps(basis, k, taps);
-  load_taps(factors, f, taps);
+  load_taps(basis, k, kAllParts);
+  load_taps(factors, f, kAllParts);
+  begin_sums<T, START>(k, sum);
+  add_all_products<T>(f, k, sum, kTaps);
+  store_taps(result, sum, kTaps);
+}
+
+// `blocks` times that, with the next block's taps turned between the products of this one: products and turning want
+// different units of the processor, and a block is longer than what it looks ahead. For 32 registers.
+template <typename S, bool START>
+void refocus_overlapping(const S* basis, const S* factors, S* result, int64_t blocks, bool ahead) {
+  using T = Compute<S>;
+  Vec<T> next_k[9], next_f[9];
+  load_taps(basis, next_k, kAllParts);
+  load_taps(factors, next_f, kAllParts);
+  for (int64_t left = blocks; left > 0; --left) {
+    if (ahead) fetch_ahead(basis, factors, result);
+    const int64_t step = left > 1 ? kBlock<T> : 0;  // the last block is turned twice, instead of one that is not there
+    basis += step, factors += step;
+    Vec<T> k[9], f[9], sum[9];
 #pragma GCC unroll 9
-  for (int t = 0; t < 9; ++t) sum[t] = START ? k[t] : Vec<T>{};
-#pragma GCC unroll 9
-  for (int s = 0; s < 9; ++s) {
-#pragma GCC unroll 9
-    for (int t = 0; t < 9; ++t) {  // nine sums in turn: one of them alone would wait for itself
-      const int row = t / 3 + s / 3 - 1, column = t % 3 + s % 3 - 1;
-      if (row >= 0 && row < 3 && column >= 0 && column < 3) sum[t] += f[s] * k[row * 3 + column];
-    }
+    for (int t = 0; t < 9; ++t) k[t] = next_k[t], f[t] = next_f[t];
+    begin_sums<T, START>(k, sum);
+    load_part<S, 0>(basis, next_k, kTaps);
+    add_products<T, 0>(f[0], k, sum);
+    load_part<S, 1>(basis, next_k, kTaps);
+    add_products<T, 1>(f[1], k, sum);
+    load_part<S, 2>(basis, next_k, kTaps);
+    add_products<T, 2>(f[2], k, sum);
+    load_part<S, 3>(basis, next_k, kTaps);
+    add_products<T, 3>(f[3], k, sum);
+    load_part<S, 4>(basis, next_k, kTaps);
+    add_products<T, 4>(f[4], k, sum);
+    load_part<S, 0>(factors, next_f, kTaps);
+    add_products<T, 5>(f[5], k, sum);
+    load_part<S, 1>(factors, next_f, kTaps);
+    add_products<T, 6>(f[6], k, sum);
+    load_part<S, 2>(factors, next_f, kTaps);
+    add_products<T, 7>(f[7], k, sum);
+    load_part<S, 3>(factors, next_f, kTaps);
+    add_products<T, 8>(f[8], k, sum);
+    load_part<S, 4>(factors, next_f, kTaps);
+    store_taps(result, sum, kTaps);
+    result += kBlock<T>;
   }
-  store_taps(result, sum, taps);
 }
 
 // Any number of kernels. `ahead`: the next ones are fetched, which costs a twelfth where they lie in the caches anyway.
 template <typename S, bool START>
 void refocus_some_kernels(const S* basis, const S* factors, S* result, int64_t count, bool ahead) {
-  constexpr int64_t kAtOnce = kLanes<Compute<S>>, kSize = 9 * kAtOnce;
-  constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(S));
-  int64_t n = 0;
-  for (; n + kAtOnce <= count; n += kAtOnce) {
-    if (ahead) {
-      for (const S* next : {basis, factors, static_cast<const S*>(result)}) prefetch(next + n * 9 + kAhead, kSize);
+  constexpr int64_t kAtOnce = kLanes<Compute<S>>, kSize = kBlock<Compute<S>>;
+  const int64_t blocks = count / kAtOnce, n = blocks * kAtOnce;
+  if (kOverlapping && blocks > 1) {
+    refocus_overlapping<S, START>(basis, factors, result, blocks, ahead);
+  } else {
+    for (int64_t at = 0; at < n * 9; at += kSize) {
+      if (ahead) fetch_ahead(basis + at, factors + at, result + at);
+      refocus_kernels<S, START>(basis + at, factors + at, result + at);
     }
-    refocus_kernels<S, START>(basis + n * 9, factors + n * 9, result + n * 9);
   }
   if (n == count) return;
   // The last ones in the same way: which they are depends on the threads, and nothing else may.
