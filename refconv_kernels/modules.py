@@ -310,7 +310,10 @@ class RefConv2d(nn.Module):
         """Take ``W_t`` of the parameters as they are now, ``[C_out, C_in/groups, K_h, K_w]``, from an optimizer that
         computed it with ``backend``. Training uses it until a parameter changes, and leaves the optimizer ``dW_t``
         (:class:`~refconv_kernels.autograd.DeferredGradient`). For a layer that :meth:`takes_ahead`."""
-        kept = KeptWeight.of(weight.detach(), (self.basis_weight, self.transform.weight))  # type: ignore[arg-type]
+        basis, refocus = self.basis_weight, self.transform.weight
+        with torch.enable_grad():  # its place in the graph too: between the convolutions of a forward it costs more
+            known = apply(KnownWeight, basis, refocus, weight, backend)
+        kept = KeptWeight.of(known, (basis, refocus)) if known.requires_grad else None  # type: ignore[arg-type]
         self._ahead = None if kept is None else (kept, backend)
 
     def takes_ahead(self) -> bool:
@@ -331,7 +334,7 @@ class RefConv2d(nn.Module):
             return None
         if not self.takes_ahead() or not still_chosen(backend):
             return None
-        return apply(KnownWeight, basis, refocus, kept.weight, backend)
+        return kept.weight
 
     # --- state --------------------------------------------------------------------------------------------
 
