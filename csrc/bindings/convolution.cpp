@@ -55,7 +55,7 @@ GroupedProblem grouped_problem(const Ints& input, const Ints& weight, const Ints
 // An uninitialised feature map [n, c, h, w] in that layout.
 Tensor feature_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool nhwc) {
   if (!nhwc) return empty(like, {n, c, h, w});
-  return reinterpret(empty(like, {n, h, w, c}), {n, c, h, w}, {h * w * c, 1, w * c, c});
+  return empty_strided(like, {n, c, h, w}, {h * w * c, 1, w * c, c});
 }
 
 std::string name_of(const GroupedProblem& p, bool channels_last, int64_t element_bytes) {

@@ -102,11 +102,20 @@ inline void succeeded(AOTITorchError code) {
   STD_TORCH_CHECK(code == AOTI_TORCH_SUCCESS, "an operation of PyTorch failed; its message is on standard error");
 }
 
-inline Tensor empty(const Tensor& like, const Ints& sizes) {
+inline Tensor empty_strided(const Tensor& like, const Ints& sizes, const Ints& strides) {
+  int32_t dtype = 0;
+  succeeded(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle made = nullptr;
-  succeeded(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), nullptr, nullptr,
-                                      nullptr, 0, nullptr, &made));
+  succeeded(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                     aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
+}
+
+inline Tensor empty(const Tensor& like, const Ints& sizes) {
+  Ints strides(sizes.size());
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0;) strides[d] = step, step *= std::max<int64_t>(sizes[d], 1);
+  return empty_strided(like, sizes, strides);
 }
 
 // The memory of a tensor as another one that is no view of it.
