@@ -1,21 +1,17 @@
-"""Options of the benchmarks, what they record about the machine, and the timer."""
+"""Options of the benchmarks, and the timer."""
 
 from __future__ import annotations
 
 import math
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from refconv_kernels import current_backend
+from benchmarks import machine
 
 ROUND_SECONDS = 1e-3  # at least, so that the clock's resolution does not matter
 MEASURED_SECONDS = 0.2  # per benchmark, unless the fewest rounds take longer
@@ -37,52 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(config.getoption("--threads"))
     # A failed check leaves the timer unused, and its failure says enough.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
-    config.stash[LOAD] = _load()
+    config.stash[LOAD] = machine.load()
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["refconv"] = {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "backend": current_backend(),
-        "instruction_set": _instruction_set(),
-        "commit": _commit(),
-        "load_before": config.stash[LOAD],
-        "load_after": _load(),
-    }
-
-
-def _load() -> float | None:
-    """Running processes, a mean over the last minute: others than this one disturb the figures."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def _cpu_model() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine() or None
-
-
-def _instruction_set() -> str | None:
-    try:
-        from refconv_kernels import _C
-    except ImportError:
-        return None
-    return _C.instruction_set()
-
-
-def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    before = config.stash[LOAD]
+    machine_info["refconv"] = {**machine.facts(), "load_before": before, "load_after": machine.load()}
 
 
 @pytest.fixture
@@ -116,6 +72,7 @@ def measure(benchmark: Any) -> Callable[..., None]:
     ) -> None:
         benchmark.group = f"{kind} {mode} {shape}"
         benchmark.extra_info.update(kind=kind, mode=mode, shape=shape, dtype=str(dtype).removeprefix("torch."), **info)
+        benchmark.extra_info["probe"] = machine.probe()
         if against is not None:
             benchmark.extra_info["against"] = in_turns(function, against)
             return

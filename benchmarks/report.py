@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -109,9 +110,23 @@ def _header(run: dict[str, Any]) -> list[str]:
         "problem": f"{each(info['dtype'] for info in infos)}, "
         f"layers with batch {each(info['batch'] for info in infos if info['kind'] == 'layer') or MISSING}",
     }
+    if probes := [info["probe"] for info in infos if "probe" in info]:
+        speedups = thread_speedups(probes, facts["threads"])
+        lines["threads"] = (
+            f"arithmetic was {statistics.median(speedups):.2f} times as fast with all of them as with one, median of "
+            f"{len(speedups)} samples ({min(speedups):.2f} to {max(speedups):.2f}); cores may be shared"
+        )
     if _disturbed(facts):
         lines["WARNING"] = "the load was above this run's own: other processes may have disturbed times and ratios"
     return [f"{name + ':':10}{value}" for name, value in lines.items()]
+
+
+def thread_speedups(probes: Sequence[Sequence[float]], threads: int) -> list[float]:
+    """How many times as fast arithmetic was with all threads as with one, for each :func:`benchmarks.machine.probe`.
+
+    The one may have shared its core, too: its time is the shortest of all.
+    """
+    return [threads * min(one for one, _ in probes) / every for _, every in probes]
 
 
 def _disturbed(facts: dict[str, Any]) -> bool:

@@ -86,6 +86,13 @@ Buffer<T> poisoned_buffer(int64_t size) {
   return buffer;
 }
 
+inline void expect(const std::string& what, bool holds) {
+  ++checks;
+  if (holds) return;
+  std::printf("FAILED %s\n", what.c_str());
+  ++failures;
+}
+
 // Sums are made in at least float and rounded to T once.
 template <typename T>
 void expect_close(const std::string& what, const T* got, const std::vector<double>& want, double terms) {
@@ -106,3 +113,5 @@ void expect_close(const std::string& what, const T* got, const std::vector<doubl
 void test_convolutions(const InstructionSet& set);
 void test_weights(const InstructionSet& set);
 void test_optimizer(const InstructionSet& set);
+// Which instruction set a transformation takes.
+void test_choice_for_weights();

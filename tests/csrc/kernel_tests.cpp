@@ -2,6 +2,7 @@
 #include "checks.h"
 
 int main() {
+  test_choice_for_weights();
   for (const auto* set : refconv::cpu::instruction_sets()) {
     test_convolutions(*set);
     test_weights(*set);

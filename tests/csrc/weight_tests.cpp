@@ -121,3 +121,16 @@ void test_weights(const InstructionSet& set) {
   // An output large enough to be written around the cache.
   test_refocus(set.kernels.refocus<float>(), set.name, RefocusProblem{352, 352, 3, 3, 3, true});
 }
+
+void test_choice_for_weights() {
+  const RefocusProblem dense{64, 1, 3, 3, 3, true}, depthwise{64, 64, 3, 3, 3, true};
+  const auto& best = refconv::cpu::instruction_set();
+  expect("dense 3x3 bases take vectors of 32 bytes at most",
+         refconv::cpu::instruction_set_for(dense).vector_bytes <= std::min<int64_t>(best.vector_bytes, 32));
+  expect("other bases take the best instruction set", &refconv::cpu::instruction_set_for(depthwise) == &best);
+  for (const auto* set : refconv::cpu::instruction_sets()) {
+    refconv::cpu::set_instruction_set(set->name);
+    expect(std::string("the one that was named, ") + set->name, &refconv::cpu::instruction_set_for(dense) == set);
+  }
+  refconv::cpu::set_instruction_set("auto");
+}
