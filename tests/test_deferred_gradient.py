@@ -20,17 +20,31 @@ from tests.sgd_pairs import FUSED, assert_same, backward, both, deferred, images
 pytestmark = needs_native
 
 
-@pytest.mark.parametrize("how", ["clip", "hook", "scale", "decay in the loss", "hook after accumulation"])
+HOW = (
+    "clip",
+    "scale",
+    "decay in the loss",
+    "hook",
+    "hook later",
+    "hook after accumulation",
+    "hook after accumulation later",
+)
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_whatever_reads_the_gradient_gets_dw_r(how: str) -> None:
     (plain, sgd), (ours, fused) = both(network(), momentum=0.9)
     seen: dict[nn.Module, list[Tensor]] = {plain: [], ours: []}
     for model, optimizer in ((plain, sgd), (ours, fused)):
         weight = model[2].transform.weight
-        if how == "hook":
-            weight.register_hook(lambda grad, model=model: seen[model].append(grad.norm()) or 2 * grad)
-        if how == "hook after accumulation":
-            weight.register_post_accumulate_grad_hook(lambda p, model=model: seen[model].append(p.grad.abs().sum()))
         for step in range(4):
+            if step == 2 * how.endswith("later"):
+                if how.startswith("hook after"):
+                    weight.register_post_accumulate_grad_hook(
+                        lambda p, model=model: seen[model].append(p.grad.abs().sum())
+                    )
+                elif how.startswith("hook"):
+                    weight.register_hook(lambda grad, model=model: seen[model].append(grad.norm()) or 2 * grad)
             optimizer.zero_grad()
             loss = model(images(step)).square().mean()
             if how == "decay in the loss":
@@ -44,6 +58,7 @@ def test_whatever_reads_the_gradient_gets_dw_r(how: str) -> None:
                         p.grad *= 3
             optimizer.step()
     torch.testing.assert_close(seen[ours], seen[plain])
+    assert bool(seen[ours]) == ("hook" in how or how == "clip")
     assert_same(ours, plain)
 
 

@@ -26,15 +26,16 @@ class KnownWeight(Function):
     def forward(ctx: Any, basis: Tensor, refocus: Tensor, transformed: Tensor, backend: str) -> Tensor:
         # Not by save_for_backward, whose tensors go with the first backward pass: the basis is a leaf.
         ctx.basis, ctx.version, ctx.sizes, ctx.backend = basis, basis._version, tuple(refocus.shape[1:3]), backend
-        ctx.prepared = _prepare(ctx)
+        ctx.prepared = [_prepare(ctx)]
         return transformed.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # second derivatives
             return None, apply(RefocusWeightBackward, grad, ctx.basis, *ctx.sizes, ctx.backend), None, None
-        deferred, ctx.prepared = ctx.prepared, None
-        if deferred is None:
+        try:
+            deferred = ctx.prepared.pop()  # whatever other threads do
+        except IndexError:  # not the first pass
             deferred = _prepare(ctx)
         deferred._gradient.grad_transformed = grad.contiguous()
         return None, deferred, None, None
