@@ -114,16 +114,19 @@ REFCONV_INLINE void store_taps(S* to, Vec<Compute<S>>* v, std::integer_sequence<
   (store(to + vector_of<T>(TAP) * kLanes<T>, v[TAP]), ...);
 }
 
-// `start`: the sums begin with the kernel.
+// The sums begin with the kernel, or else with the products of the tap that all of them have.
+constexpr int kMiddle = 4;
+
 template <typename T, bool START>
-REFCONV_INLINE void begin_sums(const Vec<T>* k, Vec<T>* sum) {
+REFCONV_INLINE void begin_sums(Vec<T> f, const Vec<T>* k, Vec<T>* sum) {
 #pragma GCC unroll 9
-  for (int t = 0; t < 9; ++t) sum[t] = START ? k[t] : Vec<T>{};
+  for (int t = 0; t < 9; ++t) sum[t] = START ? k[t] : f * k[t];
 }
 
-// The products with tap `s`.
-template <typename T, int s>
+// The products with tap `s`, where the sums do not begin with them.
+template <typename T, bool START, int s>
 REFCONV_INLINE void add_products(Vec<T> f, const Vec<T>* k, Vec<T>* sum) {
+  if constexpr (!START && s == kMiddle) return;
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) {  // sums in turn: one of them alone would wait for itself
     const int row = t / 3 + s / 3 - 1, column = t % 3 + s % 3 - 1;
@@ -131,10 +134,10 @@ REFCONV_INLINE void add_products(Vec<T> f, const Vec<T>* k, Vec<T>* sum) {
   }
 }
 
-template <typename T, int... TAP>
+template <typename T, bool START, int... TAP>
 REFCONV_INLINE void add_all_products(const Vec<T>* f, const Vec<T>* k, Vec<T>* sum,
                                      std::integer_sequence<int, TAP...>) {
-  (add_products<T, TAP>(f[TAP], k, sum), ...);
+  (add_products<T, START, TAP>(f[TAP], k, sum), ...);
 }
 
 // As many kernels as there are lanes.
@@ -144,8 +147,8 @@ REFCONV_INLINE void refocus_kernels(const S* basis, const S* factors, S* result)
   Vec<T> k[9], f[9], sum[9];
   load_taps(basis, k, kAllParts);
   load_taps(factors, f, kAllParts);
-  begin_sums<T, START>(k, sum);
-  add_all_products<T>(f, k, sum, kTaps);
+  begin_sums<T, START>(f[kMiddle], k, sum);
+  add_all_products<T, START>(f, k, sum, kTaps);
   store_taps(result, sum, kTaps);
 }
 
@@ -164,25 +167,25 @@ void refocus_overlapping(const S* basis, const S* factors, S* result, int64_t bl
     Vec<T> k[9], f[9], sum[9];
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) k[t] = next_k[t], f[t] = next_f[t];
-    begin_sums<T, START>(k, sum);
+    begin_sums<T, START>(f[kMiddle], k, sum);
     load_part<S, 0>(basis, next_k, kTaps);
-    add_products<T, 0>(f[0], k, sum);
+    add_products<T, START, 0>(f[0], k, sum);
     load_part<S, 1>(basis, next_k, kTaps);
-    add_products<T, 1>(f[1], k, sum);
+    add_products<T, START, 1>(f[1], k, sum);
     load_part<S, 2>(basis, next_k, kTaps);
-    add_products<T, 2>(f[2], k, sum);
+    add_products<T, START, 2>(f[2], k, sum);
     load_part<S, 3>(basis, next_k, kTaps);
-    add_products<T, 3>(f[3], k, sum);
+    add_products<T, START, 3>(f[3], k, sum);
     load_part<S, 4>(basis, next_k, kTaps);
-    add_products<T, 4>(f[4], k, sum);
+    add_products<T, START, 4>(f[4], k, sum);
     load_part<S, 0>(factors, next_f, kTaps);
-    add_products<T, 5>(f[5], k, sum);
+    add_products<T, START, 5>(f[5], k, sum);
     load_part<S, 1>(factors, next_f, kTaps);
-    add_products<T, 6>(f[6], k, sum);
+    add_products<T, START, 6>(f[6], k, sum);
     load_part<S, 2>(factors, next_f, kTaps);
-    add_products<T, 7>(f[7], k, sum);
+    add_products<T, START, 7>(f[7], k, sum);
     load_part<S, 3>(factors, next_f, kTaps);
-    add_products<T, 8>(f[8], k, sum);
+    add_products<T, START, 8>(f[8], k, sum);
     load_part<S, 4>(factors, next_f, kTaps);
     store_taps(result, sum, kTaps);
     result += kBlock<T>;
