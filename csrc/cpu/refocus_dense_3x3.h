@@ -18,12 +18,13 @@ namespace {
 
 constexpr int64_t kAheadBytes = 8192;  // where the next kernels are fetched
 constexpr std::make_integer_sequence<int, 9> kTaps;
+constexpr int kMiddle = 4;
 constexpr std::make_integer_sequence<int, 5> kAllParts;  // of load_part
 
 template <typename T>
 constexpr int64_t kBlock = 9 * kLanes<T>;  // the entries of as many kernels as there are lanes
 
-#ifdef __AVX512VL__
+#ifdef __AVX512VL__  // 32 registers
 constexpr bool kOverlapping = true;
 #else
 constexpr bool kOverlapping = false;
@@ -85,7 +86,6 @@ constexpr int vector_of(int tap) {
 
 // The taps of as many kernels as there are lanes, in parts that the products of others can come between: after the
 // last one `v` has one tap per vector.
-
 template <typename S, int PART, int... TAP>
 REFCONV_INLINE void load_part(const S* from, Vec<Compute<S>>* v, std::integer_sequence<int, TAP...> taps) {
   using T = Compute<S>;
@@ -115,8 +115,6 @@ REFCONV_INLINE void store_taps(S* to, Vec<Compute<S>>* v, std::integer_sequence<
 }
 
 // The sums begin with the kernel, or else with the products of the tap that all of them have.
-constexpr int kMiddle = 4;
-
 template <typename T, bool START>
 REFCONV_INLINE void begin_sums(Vec<T> f, const Vec<T>* k, Vec<T>* sum) {
 #pragma GCC unroll 9
@@ -153,7 +151,7 @@ REFCONV_INLINE void refocus_kernels(const S* basis, const S* factors, S* result)
 }
 
 // `blocks` times that, with the next block's taps turned between the products of this one: products and turning want
-// different units of the processor, and a block is longer than what it looks ahead. For 32 registers.
+// different units of the processor, and a block is longer than what it looks ahead.
 template <typename S, bool START>
 void refocus_overlapping(const S* basis, const S* factors, S* result, int64_t blocks, bool ahead) {
   using T = Compute<S>;
