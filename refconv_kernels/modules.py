@@ -323,7 +323,7 @@ class RefConv2d(nn.Module):
 
     def _weight_ahead(self) -> Tensor | None:
         """``W_t`` as an optimizer left it; None where it must be computed."""
-        if self._ahead is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._ahead is None:  # the compiler must not depend on what changes
             return None
         basis, (kept, backend) = self.basis_weight, self._ahead
         refocus: Any = self.transform.weight

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
-from refconv_kernels import RefConv2d, refocus, reparameterize, use_backend
+from refconv_kernels import FusedSGD, RefConv2d, refocus, reparameterize, use_backend
 from tests.cases import DEPTHWISE, OTHERS, Case
-from tests.conftest import BACKENDS
+from tests.conftest import BACKENDS, needs_native
 
 pytestmark = [
     # Raised inside PyTorch's compiler, about PyTorch's own code.
@@ -129,3 +130,20 @@ def test_export(strict: bool) -> None:
         for size in (2, 5):
             y = torch.randn(size, 4, 9, 9)
             torch.testing.assert_close(program.module()(y), model(y))
+
+
+@needs_native
+def test_the_steps_of_fused_sgd_compile_nothing_anew() -> None:
+    model = refocus(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 16, 3)).double())
+    plain, counter = copy.deepcopy(model), CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    optimizer = FusedSGD(model.parameters(), model, lr=0.1, momentum=0.9)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for step in range(3):
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        for forward, each in ((compiled, optimizer), (plain, sgd)):
+            each.zero_grad()
+            forward(x).square().mean().backward()
+            each.step()
+    assert counter.frame_count == 1
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())

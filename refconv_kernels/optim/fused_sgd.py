@@ -35,6 +35,9 @@ class FusedSGD(SGD):
     as ``zero_grad()`` does: that saves its memory, too. So gradients add up over the backward passes before a step, but
     not across steps.
 
+    Under ``torch.compile`` layers do not take that ``W_t``, and gradients are ordinary ones: correct, but a
+    transformation slower than :class:`torch.optim.SGD`, which is the better choice there.
+
     Source: ours, not in the paper; equations in csrc/problem.h.
 
     Args:
