@@ -85,7 +85,7 @@ constexpr int vector_of(int tap) {
 }
 
 // The taps of as many kernels as there are lanes, in parts that the products of others can come between: after the
-// last one `v` has one tap per vector.
+// last one, 4, `v` has one tap per vector. Parts that there are not do nothing.
 template <typename S, int PART, int... TAP>
 REFCONV_INLINE void load_part(const S* from, Vec<Compute<S>>* v, std::integer_sequence<int, TAP...> taps) {
   using T = Compute<S>;
@@ -150,6 +150,17 @@ REFCONV_INLINE void refocus_kernels(const S* basis, const S* factors, S* result)
   store_taps(result, sum, kTaps);
 }
 
+// All products, and between them the parts of loading the next block: first those of the basis, then of the factors.
+template <typename S, bool START, int... TAP>
+REFCONV_INLINE void add_and_load(const Vec<Compute<S>>* f, const Vec<Compute<S>>* k, Vec<Compute<S>>* sum,
+                                 const S* basis, Vec<Compute<S>>* next_k, const S* factors, Vec<Compute<S>>* next_f,
+                                 std::integer_sequence<int, TAP...>) {
+  constexpr int kLast = 4;
+  ((load_part<S, TAP <= kLast ? TAP : -1>(basis, next_k, kTaps), add_products<Compute<S>, START, TAP>(f[TAP], k, sum),
+    load_part<S, TAP - kLast>(factors, next_f, kTaps)),
+   ...);
+}
+
 // `blocks` times that, with the next block's taps turned between the products of this one: products and turning want
 // different units of the processor, and a block is longer than what it looks ahead.
 template <typename S, bool START>
@@ -166,25 +177,7 @@ void refocus_overlapping(const S* basis, const S* factors, S* result, int64_t bl
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) k[t] = next_k[t], f[t] = next_f[t];
     begin_sums<T, START>(f[kMiddle], k, sum);
-    load_part<S, 0>(basis, next_k, kTaps);
-    add_products<T, START, 0>(f[0], k, sum);
-    load_part<S, 1>(basis, next_k, kTaps);
-    add_products<T, START, 1>(f[1], k, sum);
-    load_part<S, 2>(basis, next_k, kTaps);
-    add_products<T, START, 2>(f[2], k, sum);
-    load_part<S, 3>(basis, next_k, kTaps);
-    add_products<T, START, 3>(f[3], k, sum);
-    load_part<S, 4>(basis, next_k, kTaps);
-    add_products<T, START, 4>(f[4], k, sum);
-    load_part<S, 0>(factors, next_f, kTaps);
-    add_products<T, START, 5>(f[5], k, sum);
-    load_part<S, 1>(factors, next_f, kTaps);
-    add_products<T, START, 6>(f[6], k, sum);
-    load_part<S, 2>(factors, next_f, kTaps);
-    add_products<T, START, 7>(f[7], k, sum);
-    load_part<S, 3>(factors, next_f, kTaps);
-    add_products<T, START, 8>(f[8], k, sum);
-    load_part<S, 4>(factors, next_f, kTaps);
+    add_and_load<S, START>(f, k, sum, basis, next_k, factors, next_f, kTaps);
     store_taps(result, sum, kTaps);
     result += kBlock<T>;
   }
