@@ -4,6 +4,10 @@
 
 #include "kernels.h"
 
+#if defined(REFCONV_AVX512) || defined(REFCONV_AVX512VL)
+#include <cpuid.h>
+#endif
+
 namespace refconv::cpu {
 
 #define REFCONV_DECLARE_ISA(isa) \
@@ -103,11 +107,25 @@ const InstructionSet& instruction_set_for_rows(int64_t width, int64_t element_by
   return *best;
 }
 
+bool has_half_width_units() {
+#if defined(REFCONV_AVX512) || defined(REFCONV_AVX512VL)
+  static const bool has = [] {
+    unsigned highest = 0, b = 0, c = 0, d = 0, a = 0;
+    if (__get_cpuid(0, &highest, &b, &c, &d) == 0 || c != signature_AMD_ecx) return false;
+    constexpr unsigned kZen4 = 0x19;  // Zen 3 is of this family too, without AVX-512
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (a >> 8 & 0xf) + (a >> 20 & 0xff) == kZen4;
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
 const InstructionSet& instruction_set_for(const RefocusProblem& p) {
   constexpr int64_t kDenseBytes = 32;
-  if (!is_dense_3x3(p) || named().load(std::memory_order_relaxed) != nullptr) return instruction_set();
+  const bool chosen = is_dense_3x3(p) && has_half_width_units() && named().load(std::memory_order_relaxed) == nullptr;
   for (const InstructionSet* set : found()) {
-    if (set->vector_bytes <= kDenseBytes) return *set;
+    if (chosen && set->vector_bytes <= kDenseBytes) return *set;
   }
   return instruction_set();
 }

@@ -130,6 +130,25 @@ inline void store_lanes(S* to, Vec<Compute<S>> v, int64_t count) {
   }
 }
 
+// The same where `count`, up to all or none, is that of many loads and stores: without asking, where masks are there.
+template <typename S>
+inline Vec<Compute<S>> load_edge(const S* from, int64_t count) {
+#ifdef __AVX512VL__
+  return load_partial(from, count);
+#else
+  return count == 0 ? Vec<Compute<S>>{} : load_lanes(from, count);
+#endif
+}
+
+template <typename S>
+inline void store_edge(S* to, Vec<Compute<S>> v, int64_t count) {
+#ifdef __AVX512VL__
+  store_partial(to, v, count);
+#else
+  if (count != 0) store_lanes(to, v, count);
+#endif
+}
+
 // The first `count` lanes, and as much of the others as fits before `end`: for rows whose surplus is overwritten by
 // what is stored later. Masked stores are slow on some processors.
 template <typename S>

@@ -21,21 +21,26 @@ namespace {
 constexpr int64_t kTotalsBytes = 32768;  // of running weight gradients per thread: the first cache
 constexpr int64_t kTermsInLanes = 1024;  // added up in one lane before they move on to a double
 
-// Goes through the planes of some channels, image by image, `together` channels at a time.
+// Goes through the planes of some channels, `images` images after each other, `together` channels at a time.
 class Steps {
  public:
-  Steps(int64_t batch, int64_t channels, int64_t count, int64_t together)
-      : batch_(batch), channels_(channels), together_(together), per_image_(ceil_div(count, together)) {}
-  int64_t per_image() const { return per_image_; }
+  Steps(const GroupedProblem& p, int64_t count, int64_t together, int64_t images)
+      : batch_(p.batch),
+        channels_(p.channels),
+        together_(together),
+        images_(images),
+        count_(ceil_div(count, together)) {}
+  // Through all channels.
+  int64_t count() const { return count_; }
   // How many planes further the one of `further` steps on lies; zero where there is none.
   int64_t distance(int64_t image, int64_t step, int64_t further) const {
     int64_t to = step + further, images = 0;
-    for (; to >= per_image_; to -= per_image_) ++images;
+    for (; to >= count_; to -= count_) images += images_;
     return image + images < batch_ ? images * channels_ + (to - step) * together_ : 0;
   }
 
  private:
-  const int64_t batch_, channels_, together_, per_image_;
+  const int64_t batch_, channels_, together_, images_, count_;
 };
 
 // The planes of channels `begin` to `end` - 1, each by `backward`, a Backward or Backward3x3.
@@ -47,6 +52,7 @@ void backward_planes(const GroupedProblem& p, const S* grad_y, const S* x, const
   // A block of channels at a time: the planes of neighbouring channels lie side by side in memory, those of one
   // channel do not. Per output channel: its taps, then its bias; channels that are computed together share the lanes.
   const int64_t together = backward.together(), own_lanes = kLane / together, ahead = backward.steps_ahead();
+  const int64_t at_once = backward.images(kTermsInLanes);
   const int64_t totals = (p.taps() + 1) * kLane, per_step = p.multiplier * totals;
   const int64_t fitting = kTotalsBytes / (per_step * static_cast<int64_t>(sizeof(T) + sizeof(double))) * together;
   const int64_t block = most(together, least(fitting, end - begin)), per_block = ceil_div(block, together) * per_step;
@@ -56,24 +62,25 @@ void backward_planes(const GroupedProblem& p, const S* grad_y, const S* x, const
 
   for (int64_t first = begin; first < end; first += block) {
     const int64_t count = least(block, end - first);
-    const Steps steps(p.batch, p.channels, count, together);
+    const Steps steps(p, count, together, at_once);
     total.clear();
     int64_t terms = 0;
-    for (int64_t n = 0; n < p.batch; ++n) {
+    for (int64_t n = 0, images; n < p.batch; n += images) {
+      images = least(at_once, p.batch - n);
       int64_t group = first / p.per_group, member = first % p.per_group;
-      for (int64_t step = 0; step < steps.per_image(); ++step) {
+      for (int64_t step = 0; step < steps.count(); ++step) {
         const int64_t channel = first + step * together, plane = n * p.channels + channel;
         S* dx = grad_x != nullptr ? grad_x + plane * p.in_size() : unwanted.data();
         const int64_t out_channel = group * p.multiplier;
         backward.run(x + plane * p.in_size(), dx, grad_y + (n * p.out_channels() + out_channel) * p.out_size(),
                      weight + (out_channel * p.per_group + member) * p.taps(), lanes.data() + step * per_step,
-                     grad_bias != nullptr && member == 0, least(together, first + count - channel),
+                     grad_bias != nullptr && member == 0, least(together, first + count - channel), images,
                      steps.distance(n, step, ahead));
         member += together;  // one where a group has several channels
         if (member >= p.per_group) member = 0, group += together;
       }
-      terms += backward.terms();
-      if (terms < kTermsInLanes && n + 1 < p.batch) continue;
+      terms += images * backward.terms();
+      if (terms + at_once * backward.terms() <= kTermsInLanes && n + images < p.batch) continue;
       terms = 0;
       for (int64_t k = 0; k < per_block; ++k) total[k] += static_cast<double>(lanes[k]);
       lanes.clear();

@@ -60,12 +60,14 @@ class Backward {
   int64_t terms() const { return rows_ * ceil_div(x_pitch_, kLanes<T>); }
 
   int64_t together() const { return 1; }  // planes at a time
+  int64_t images(int64_t) const { return 1; }
   int64_t steps_ahead() const { return 1; }
 
   // One plane of x and the `multiplier` planes of dy of its group: writes dx, and adds to `sums` what each of dy's
   // planes finds at its taps and, if wanted, behind them, for the bias: [multiplier, taps + 1, lanes]. The next one
   // lies `ahead` planes further, unless that is zero.
-  void run(const S* x, S* grad_x, const S* grad_y, const S* weight, T* sums, bool want_bias, int64_t, int64_t ahead) {
+  void run(const S* x, S* grad_x, const S* grad_y, const S* weight, T* sums, bool want_bias, int64_t, int64_t,
+           int64_t ahead) {
     const int64_t per_plane = (p_.taps() + 1) * kLanes<T>;
     for (int64_t u = 0; u < rows_; u += held_) {
       const int64_t rows = least(held_, rows_ - u);

@@ -1,6 +1,6 @@
 // A 3x3 depthwise convolution with stride 1 and one pixel of padding on NCHW planes, without a padded copy of them:
-// columns as wide as a vector are gone through from top to bottom, weights and sums in registers, and each row is
-// loaded three times, a pixel apart.
+// some vectors of each row are gone through from top to bottom, in the order of memory, weights and sums in registers,
+// and each vector is loaded three times, a pixel apart.
 #pragma once
 
 #include "kernels.h"
@@ -9,80 +9,125 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-// The pixels left of a row's, the row's, and those right of them; zero outside the plane.
+// What is fetched while a row is computed: what lies so many elements further; 0 fetches nothing new.
+struct Ahead {
+  int64_t x = 0, y = 0, dx = 0;  // y or dy
+};
+
+// The planes of one channel in some images, one after the other: how far they lie from each other, and what is fetched
+// meanwhile: `last` from image `last_from` on.
+struct Images {
+  int64_t count, x_step, dy_step, dx_step;
+  Ahead ahead, last;
+  int64_t last_from;
+
+  Ahead ahead_of(int64_t image) const { return image < last_from ? ahead : last; }
+};
+
+constexpr std::true_type kYes;
+constexpr std::false_type kNo;
+
+// The pixels left of a vector's, the vector's, and those right of them; zero outside the plane.
 template <typename S, typename C>
-inline void load_neighbours(const S* row, const C& column, Vec<Compute<S>>* v) {
-  v[1] = column.load_row(row);
-  v[0] = column.load_left(row, v[1]), v[2] = column.load_right(row, v[1]);
+REFCONV_INLINE void load_neighbours(const S* row, int j, const C& columns, Vec<Compute<S>>* v) {
+  v[1] = in_register(columns.load_row(row, j));
+  v[0] = in_register(columns.load_left(row, j, v[1]));
+  v[2] = in_register(columns.load_right(row, j, v[1]));
 }
 
 template <typename S, typename C>
-REFCONV_INLINE void correlate_column(const GroupedProblem& p, const Compute<S>* weight, const Compute<S>* bias,
-                                     const S* x, S* y, C column, bool around, const NextPlane<S, 1>& next) {
+REFCONV_APART void correlate_columns(const GroupedProblem& p, const Compute<S>* weight, const Compute<S>* bias,
+                                     const S* x, S* y, const C columns, bool around, Ahead ahead) {
   using T = Compute<S>;
-  const Vec<T> start = column.bias(bias);
-  Vec<T> w[9], sum[3] = {start, start, start};  // of the rows that a row is the last, second and first to meet
+  constexpr int N = C::kVectors;
+  const int64_t width = p.in_w;
+  const Vec<T> start = columns.bias(bias);
+  Vec<T> w[9], above[N], own[N];  // sums of the rows of y above a row of x, and beside it
 #pragma GCC unroll 9
-  for (int t = 0; t < 9; ++t) w[t] = column.weight(weight, t);
-  const auto meet = [&](int64_t i) {
-    Vec<T> v[3];
-    load_neighbours(x + i * p.in_w, column, v);
+  for (int t = 0; t < 9; ++t) w[t] = columns.weight(weight, t);
+  // FIRST: no row of y lies above.
+  const auto meet = [&](auto first) {
+#pragma GCC unroll 7
+    for (int j = 0; j < N; ++j) {
+      Vec<T> v[3], below = start;
+      load_neighbours(x, j, columns, v);
+      if constexpr (first) own[j] = start;
 #pragma GCC unroll 3
-    for (int b = 0; b < 3; ++b) v[b] = in_register(v[b]);
-#pragma GCC unroll 3
-    for (int b = 0; b < 3; ++b) {
-#pragma GCC unroll 3
-      for (int a = 0; a < 3; ++a) sum[2 - a] += w[a * 3 + b] * v[b];
-    }
-    next.fetch(i);
-  };
-  const auto advance = [&] { sum[0] = sum[1], sum[1] = sum[2], sum[2] = start; };
-  meet(0);
-  for (int64_t i = 1; i < p.in_h; ++i) {
-    advance();
-    meet(i);
-    column.store_row(y + (i - 1) * p.out_w, sum[0], around);
-  }
-  column.store_row(y + (p.in_h - 1) * p.out_w, sum[1], around);
-}
-
-// dx of one column, and what it adds to the sums of dW, total [9][lanes].
-template <typename S, typename C>
-REFCONV_INLINE void meet_column(const GroupedProblem& p, const Compute<S>* weight, const S* dy, const S* x, S* dx,
-                                Compute<S>* total, C column, bool around, const NextPlane<S, 1>& next) {
-  using T = Compute<S>;
-  Vec<T> w[9], sum[9], pixel[3] = {}, to[3] = {};  // of the rows of x that a row of dy meets
-#pragma GCC unroll 9
-  for (int t = 0; t < 9; ++t) w[t] = column.weight(weight, t), sum[t] = Vec<T>{};
-  const auto load_x = [&](int64_t i) { return column.load_row(x + i * p.in_w); };
-  const auto meet = [&](int64_t h) {
-    Vec<T> v[3];
-    load_neighbours(dy + h * p.out_w, column, v);
-#pragma GCC unroll 3
-    for (int b = 0; b < 3; ++b) v[b] = in_register(v[b]);
-#pragma GCC unroll 3
-    for (int b = 0; b < 3; ++b) {
-#pragma GCC unroll 3
-      for (int a = 0; a < 3; ++a) {
-        to[a] += w[a * 3 + b] * v[2 - b];
-        sum[a * 3 + b] += pixel[a] * v[2 - b];
+      for (int b = 0; b < 3; ++b) {
+        if constexpr (!first) above[j] += w[6 + b] * v[b];
+        own[j] += w[3 + b] * v[b];
+        below += w[b] * v[b];
       }
+      if constexpr (!first) columns.store_row(y, j, above[j], around);
+      above[j] = own[j], own[j] = below;
+      columns.fetch_row(x + ahead.x, j);
+      if (__builtin_expect(!around, true)) columns.fetch_row(y + ahead.y, j);
     }
-    next.fetch(h);
   };
-  const auto advance = [&](Vec<T> x_below) {
-    pixel[0] = pixel[1], pixel[1] = pixel[2], pixel[2] = x_below;
-    to[0] = to[1], to[1] = to[2], to[2] = Vec<T>{};
-  };
-  pixel[1] = load_x(0);
-  if (p.in_h > 1) pixel[2] = load_x(1);
-  meet(0);
-  for (int64_t h = 1; h < p.in_h; ++h) {
-    advance(h + 1 < p.in_h ? load_x(h + 1) : Vec<T>{});
-    meet(h);
-    column.store_row(dx + (h - 1) * p.in_w, to[0], around);
+  meet(kYes);
+  for (int64_t i = p.in_h - 1; i > 0; --i, y += width) {
+    x += width;
+    meet(kNo);
   }
-  column.store_row(dx + (p.in_h - 1) * p.in_w, to[1], around);
+#pragma GCC unroll 7
+  for (int j = 0; j < N; ++j) columns.store_row(y, j, above[j], around);
+}
+
+// dx of some columns, and what they add to the sums of dW, total [9][lanes].
+template <typename S, typename C>
+REFCONV_APART void meet_columns(const GroupedProblem& p, const Compute<S>* weight, const S* first_dy, const S* first_x,
+                                S* first_dx, Compute<S>* total, const C columns, bool around, const Images& images) {
+  using T = Compute<S>;
+  constexpr int N = C::kVectors;
+  constexpr bool kHeld = N <= 2;  // rows of x that are met again stay in registers
+  const int64_t width = p.in_w;
+  Vec<T> w[9], sum[9];
+#pragma GCC unroll 9
+  for (int t = 0; t < 9; ++t) w[t] = columns.weight(weight, t), sum[t] = Vec<T>{};
+  for (int64_t image = 0; image < images.count; ++image) {
+    const S *dy = first_dy + image * images.dy_step, *x = first_x + image * images.x_step;
+    S* dx = first_dx + image * images.dx_step;
+    const Ahead ahead = images.ahead_of(image);
+    Vec<T> above[N], own[N];  // dx of the rows above a row of dy, and beside it
+    Vec<T> pixel_above[N], pixel_own[N];
+    const auto meet = [&](auto has_above, auto has_below) {
+#pragma GCC unroll 7
+      for (int j = 0; j < N; ++j) {
+        Vec<T> v[3], below = {};
+        load_neighbours(dy, j, columns, v);
+        if constexpr (has_above) {
+          const Vec<T> pixel = kHeld ? pixel_above[j] : in_register(columns.load_row(x - width, j));
+#pragma GCC unroll 3
+          for (int b = 0; b < 3; ++b) above[j] += w[b] * v[2 - b], sum[b] += pixel * v[2 - b];
+          columns.store_row(dx - width, j, above[j], around);
+        } else {
+          own[j] = Vec<T>{};
+        }
+        const Vec<T> pixel = kHeld && has_above ? pixel_own[j] : in_register(columns.load_row(x, j));
+#pragma GCC unroll 3
+        for (int b = 0; b < 3; ++b) own[j] += w[3 + b] * v[2 - b], sum[3 + b] += pixel * v[2 - b];
+        if constexpr (has_below) {
+          const Vec<T> pixel_below = in_register(columns.load_row(x + width, j));
+#pragma GCC unroll 3
+          for (int b = 0; b < 3; ++b) below += w[6 + b] * v[2 - b], sum[6 + b] += pixel_below * v[2 - b];
+          pixel_above[j] = pixel, pixel_own[j] = pixel_below;
+        }
+        above[j] = own[j], own[j] = below;
+        columns.fetch_row(x + ahead.x, j), columns.fetch_row(dy + ahead.y, j);
+        if (__builtin_expect(!around, true)) columns.fetch_row(dx + ahead.dx, j);
+      }
+      dy += width, x += width, dx += width;
+    };
+    if (p.in_h == 1) {
+      meet(kNo, kNo);
+    } else {
+      meet(kNo, kYes);
+      for (int64_t h = p.in_h - 2; h > 0; --h) meet(kYes, kYes);
+      meet(kYes, kNo);
+    }
+#pragma GCC unroll 7
+    for (int j = 0; j < N; ++j) columns.store_row(dx - width, j, above[j], around);
+  }
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) store(total + t * kLanes<T>, load(total + t * kLanes<T>) + sum[t]);
 }

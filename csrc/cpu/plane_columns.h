@@ -1,5 +1,5 @@
-// Where the 3x3 kernels for NCHW planes find a vector of each row: a column of one plane, or two narrow planes side by
-// side. And what they fetch for the planes that come next.
+// Where the 3x3 kernels for NCHW planes find the vectors of each row: some columns of one plane, side by side, or two
+// narrow planes in one vector.
 #pragma once
 
 #include "elements.h"
@@ -14,9 +14,11 @@ struct Two {
   Vec<T> first, second;
 };
 
-// A column of a plane: whether it is the first and the last one, and how wide that one is.
-template <bool FIRST, bool LAST>
-struct Column {
+// Columns of a plane, N vectors wide: whether the first and the last one of a row are among them, and how wide the last
+// vector is.
+template <int N, bool FIRST, bool LAST>
+struct Columns {
+  static constexpr int kVectors = N;
   static constexpr bool kFirst = FIRST;
   int64_t count;
 
@@ -28,44 +30,68 @@ struct Column {
   Vec<T> bias(const T* value) const {
     return broadcast(*value);
   }
-  // The row's pixels, zero outside the plane.
+  // Vector j of a row, zero outside the plane.
   template <typename S>
-  Vec<Compute<S>> load_row(const S* row) const {
-    return LAST ? load_lanes(row, count) : load(row);
+  Vec<Compute<S>> load_row(const S* row, int j) const {
+    row += j * kLanes<Compute<S>>;
+    return ends(j) ? load_edge(row, count) : load(row);
   }
-  // The pixels one further left and one further right; `v` are the row's own.
+  // The pixels one further left and one further right; `v` are the vector's own.
   template <typename S>
-  Vec<Compute<S>> load_left(const S* row, Vec<Compute<S>> v) const {
-    if constexpr (FIRST) return lane_up<Compute<S>>(v, Vec<Compute<S>>{});
-    return LAST ? load_lanes(row - 1, count) : load(row - 1);
-  }
-  template <typename S>
-  Vec<Compute<S>> load_right(const S* row, Vec<Compute<S>> v) const {
-    if constexpr (LAST) return lane_down<Compute<S>>(v, Vec<Compute<S>>{});
-    return load(row + 1);
+  Vec<Compute<S>> load_left(const S* row, int j, Vec<Compute<S>> v) const {
+    if (FIRST && j == 0) return lane_up<Compute<S>>(v, Vec<Compute<S>>{});
+    row += j * kLanes<Compute<S>> - 1;
+    return ends(j) ? load_edge(row, count) : load(row);
   }
   template <typename S>
-  void store_row(S* to, Vec<Compute<S>> v, bool around) const {
+  Vec<Compute<S>> load_right(const S* row, int j, Vec<Compute<S>> v) const {
+    if (ends(j)) return lane_down<Compute<S>>(v, Vec<Compute<S>>{});
+    return load(row + j * kLanes<Compute<S>> + 1);
+  }
+  template <typename S>
+  void store_row(S* row, int j, Vec<Compute<S>> v, bool around) const {
+    row += j * kLanes<Compute<S>>;
     if constexpr (sizeof(S) == sizeof(Compute<S>)) {
-      if (around) return store_around_cache(to, v);
+      if (__builtin_expect(around, false)) return store_around_cache(row, v);
     }
-    LAST ? store_lanes(to, v, count) : store(to, v);
+    ends(j) ? store_edge(row, v, count) : store(row, v);
   }
-  // A piece of a row of which `width` pixels follow; those beyond are zero.
+
+  // The pixels of a row of x that belong to vector j of a row of y; `width` pixels follow, those beyond are zero.
   template <typename S>
-  Two<Compute<S>> load_two(const S* from, int64_t width) const {
-    using T = Compute<S>;
-    constexpr int64_t kLane = kLanes<T>;
-    if constexpr (!LAST) return {load(from), load(from + kLane)};
-    return {load_lanes(from, width), width > kLane ? load_lanes(from + kLane, width - kLane) : Vec<T>{}};
-  }
-  template <typename S>
-  void store_two(S* to, const Two<Compute<S>>& v, int64_t width, bool around) const {
+  Two<Compute<S>> load_two(const S* row, int j, int64_t width) const {
     constexpr int64_t kLane = kLanes<Compute<S>>;
-    const Column<false, LAST> first{least(width, kLane)}, second{width - kLane};
-    first.store_row(to, v.first, around && width >= kLane);
-    if (!LAST || width > kLane) second.store_row(to + kLane, v.second, around && width >= 2 * kLane);
+    row += 2 * j * kLane;
+    if (!ends(j)) return {load(row), load(row + kLane)};
+    width -= 2 * j * kLane;
+    return {load_edge(row, least(width, kLane)), load_edge(row + kLane, most(width - kLane, 0))};
   }
+  template <typename S>
+  void store_two(S* row, int j, const Two<Compute<S>>& v, int64_t width, bool around) const {
+    constexpr int64_t kLane = kLanes<Compute<S>>;
+    row += 2 * j * kLane, width -= 2 * j * kLane;
+    const int64_t first = ends(j) ? least(width, kLane) : kLane, second = ends(j) ? most(width - kLane, 0) : kLane;
+    Columns<1, false, LAST>{first}.store_row(row, 0, v.first, around && first == kLane);
+    // Nothing is not stored: even so the line would be taken into the cache.
+    if (second > 0) Columns<1, false, LAST>{second}.store_row(row + kLane, 0, v.second, around && second == kLane);
+  }
+  // Asks for vector j of a row of y, and for the two of x that belong to it, to be in the first cache soon.
+  template <typename S>
+  REFCONV_INLINE void fetch_row(const S* row, int j) const {
+    __builtin_prefetch(row + j * kLanes<Compute<S>>);
+  }
+  template <typename S>
+  REFCONV_INLINE void fetch_two(const S* row, int j) const {
+    fetch_row(row, 2 * j), fetch_row(row, 2 * j + 1);
+  }
+  // v, one lane further right, behind that of vector j - 1.
+  template <typename T>
+  Vec<T> behind(Vec<T> v, Vec<T> before) const {
+    return lane_up<T>(v, before);
+  }
+
+ private:
+  static constexpr bool ends(int j) { return LAST && j == N - 1; }
 };
 
 #if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
@@ -73,6 +99,7 @@ struct Column {
 // follow each other in memory, with the distances of x and y, and so do their weights. With stride 2 a row of x fills a
 // vector.
 struct Twins {
+  static constexpr int kVectors = 1;
   static constexpr bool kFirst = true;
   int64_t count, in_step, out_step;
 
@@ -85,29 +112,41 @@ struct Twins {
     return permute<T, TwoHalves>(broadcast(value[0]), broadcast(value[1]));
   }
   template <typename S>
-  Vec<Compute<S>> load_row(const S* row) const {
+  Vec<Compute<S>> load_row(const S* row, int) const {
     return load_halves(row, row + out_step, count);
   }
   template <typename S>
-  Vec<Compute<S>> load_left(const S*, Vec<Compute<S>> v) const {
+  Vec<Compute<S>> load_left(const S*, int, Vec<Compute<S>> v) const {
     return permute<Compute<S>, OneUpInHalves>(v, Vec<Compute<S>>{});
   }
   template <typename S>
-  Vec<Compute<S>> load_right(const S*, Vec<Compute<S>> v) const {
+  Vec<Compute<S>> load_right(const S*, int, Vec<Compute<S>> v) const {
     return permute<Compute<S>, OneDownInHalves>(v, Vec<Compute<S>>{});
   }
   template <typename S>
-  void store_row(S* to, Vec<Compute<S>> v, bool) const {
+  void store_row(S* to, int, Vec<Compute<S>> v, bool) const {
     store_halves(to, to + out_step, v, count);
   }
   template <typename S>
-  Two<Compute<S>> load_two(const S* from, int64_t width) const {
-    return {load_lanes(from, width), load_lanes(from + in_step, width)};
+  Two<Compute<S>> load_two(const S* row, int, int64_t width) const {
+    return {load_edge(row, width), load_edge(row + in_step, width)};
   }
   template <typename S>
-  void store_two(S* to, const Two<Compute<S>>& v, int64_t width, bool) const {
-    store_lanes(to, v.first, width);
-    store_lanes(to + in_step, v.second, width);
+  void store_two(S* to, int, const Two<Compute<S>>& v, int64_t width, bool) const {
+    store_edge(to, v.first, width);
+    store_edge(to + in_step, v.second, width);
+  }
+  template <typename S>
+  REFCONV_INLINE void fetch_row(const S* row, int) const {
+    __builtin_prefetch(row), __builtin_prefetch(row + out_step);
+  }
+  template <typename S>
+  REFCONV_INLINE void fetch_two(const S* row, int) const {
+    __builtin_prefetch(row), __builtin_prefetch(row + in_step);
+  }
+  template <typename T>
+  Vec<T> behind(Vec<T> v, Vec<T>) const {
+    return permute<T, OneUpInHalves>(v, Vec<T>{});
   }
 
  private:
@@ -123,31 +162,27 @@ struct Twins {
 };
 #endif
 
-// What is fetched during a row of y: so many vectors of x and of dx, one of y or dy; nothing of what is null.
-template <typename S, int VECTORS>
-struct NextPlane {
-  const S *x = nullptr, *y = nullptr, *dx = nullptr;
+// Calls run(columns, offset) for the `width` columns from `offset` on, which fit N vectors.
+template <typename T, int N, bool FIRST, typename Run>
+inline void last_columns(int64_t width, int64_t offset, const Run& run) {
+  if constexpr (N > 1) {
+    if (width <= (N - 1) * kLanes<T>) return last_columns<T, N - 1, FIRST>(width, offset, run);
+  }
+  run(Columns<N, FIRST, true>{width - (N - 1) * kLanes<T>}, offset);
+}
 
-  REFCONV_INLINE void fetch(int64_t row) const {
-    constexpr int64_t kLane = kLanes<Compute<S>>;
-    if (x != nullptr) {
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(x + (row * VECTORS + v) * kLane, 0, 2);
-    }
-    if (y != nullptr) __builtin_prefetch(y + row * kLane, 0, 2);
-    if (dx != nullptr) {
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(dx + (row * VECTORS + v) * kLane, 0, 2);
-    }
-  }
-  // After a column of so many rows of y.
-  void advance(int64_t rows) {
-    constexpr int64_t kLane = kLanes<Compute<S>>;
-    if (x != nullptr) x += rows * VECTORS * kLane;
-    if (y != nullptr) y += rows * kLane;
-    if (dx != nullptr) dx += rows * VECTORS * kLane;
-  }
-};
+// Calls run(columns, offset) for a row's columns: all of them if they fit MOST vectors, otherwise some at a time, from
+// left to right.
+template <typename T, int MOST, typename Run>
+inline void for_columns(int64_t width, const Run& run) {
+  constexpr int kPart = MOST < 4 ? MOST : 4;
+  if (width <= MOST * kLanes<T>) return last_columns<T, MOST, true>(width, 0, run);
+  constexpr int64_t kStep = kPart * kLanes<T>;
+  run(Columns<kPart, true, false>{kLanes<T>}, 0);
+  int64_t j = kStep;
+  for (; j + kStep < width; j += kStep) run(Columns<kPart, false, false>{kLanes<T>}, j);
+  last_columns<T, kPart, false>(width - j, j, run);
+}
 
 }  // namespace
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -15,12 +15,9 @@ int64_t planes_together(const GroupedProblem& p) {
   return has_twin_planes(p, sizeof(S), REFCONV_VECTOR_BYTES) ? 2 : 1;
 }
 
-// Steps from the one that is computed to the one that is fetched: planes may be so small that the next one is too near.
-template <typename S>
-int64_t fetch_distance(int64_t pixels) {
-  constexpr int64_t kBytes = 2048;
-  return ceil_div(kBytes, pixels * static_cast<int64_t>(sizeof(S)));
-}
+// How many bytes ahead maps are fetched into the first cache. The planes of one channel do not follow each other, so
+// that backward, where they are small, whole ones are fetched.
+constexpr int64_t kForwardAhead = 4096, kBackwardAhead = 4096, kPlanesAhead = 1500;
 
 // How planes that are large enough are written around the cache: straight away where rows are whole aligned vectors
 // that fill lines, otherwise by way of a plane in the cache.
@@ -37,8 +34,7 @@ class PlaneOutput {
   // Where a kernel writes planes whose place is `to`.
   S* target(S* to) { return streamed_ && !straight_ ? plane_.data() : to; }
   bool around() const { return straight_; }
-  // Whether they are fetched before they are written.
-  bool fetched() const { return !streamed_; }
+  bool streamed() const { return streamed_; }
   void finish(S* to, int64_t pixels) {
     if (streamed_ && !straight_) stream(to, plane_.data(), pixels);
   }
@@ -52,26 +48,16 @@ class PlaneOutput {
   Scratch<S> plane_;
 };
 
-// Calls run(column, offset) for the columns of a plane, from left to right.
-template <typename T, typename Run>
-inline void for_columns(int64_t width, const Run& run) {
-  constexpr int64_t kLane = kLanes<T>;
-  if (width <= kLane) return run(Column<true, true>{width}, 0);
-  run(Column<true, false>{kLane}, 0);
-  int64_t j = kLane;
-  for (; j + kLane < width; j += kLane) run(Column<false, false>{kLane}, j);
-  run(Column<false, true>{width - j}, j);
-}
-
-// The same for `count` planes at once, one or two.
-template <typename S, typename Run>
+// Calls run(columns, offset) for the columns of y of `count` planes at once, one or two: whole rows of up to MOST
+// vectors.
+template <typename S, int MOST, typename Run>
 inline void for_columns(const GroupedProblem& p, [[maybe_unused]] int64_t count, const Run& run) {
 #if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
   if constexpr (sizeof(S) <= 4) {
     if (count == 2) return run(Twins{p.out_w, p.in_size(), p.out_size()}, 0);
   }
 #endif
-  for_columns<Compute<S>>(p.out_w, run);
+  for_columns<Compute<S>, kVectorRegisters == 32 ? MOST : 1>(p.out_w, run);
 }
 
 // The taps of some planes, in the type that is computed with.
@@ -100,7 +86,7 @@ void forward_3x3(const GroupedProblem& p, const S* x, const S* weight, const S* 
                  int64_t end) {
   using T = Compute<S>;
   const int64_t in_size = p.in_size(), out_size = p.out_size(), together = planes_together<S>(p);
-  const int64_t ahead = fetch_distance<S>(together * in_size) * together;
+  const int64_t ahead = kForwardAhead / static_cast<int64_t>(sizeof(S));
   PlaneOutput<S> output(y, p.batch * p.channels, out_size, p.out_w, together);
   int64_t channel = begin % p.channels;
   for (int64_t task = begin, count; task < end; task += count) {
@@ -110,17 +96,14 @@ void forward_3x3(const GroupedProblem& p, const S* x, const S* weight, const S* 
     for (int64_t n = 0; n < count && bias != nullptr; ++n) start[n] = load_one(bias + channel + n);
     const S* plane = x + task * in_size;
     S *target = y + task * out_size, *to = output.target(target);
-    NextPlane<S, STRIDE * STRIDE> next;
-    if (task + ahead < end) next.x = plane + ahead * in_size;
-    if (task + ahead < end && output.fetched()) next.y = target + ahead * out_size;
-    for_columns<S>(p, count, [&](auto column, int64_t j) {
+    const Ahead next{ahead, ahead, 0};
+    for_columns<S, STRIDE == 1 ? 7 : 4>(p, count, [&](auto columns, int64_t j) {
       if constexpr (STRIDE == 1) {
-        correlate_column(p, taps.data(), start, plane + j, to + j, column, output.around(), next);
+        correlate_columns(p, taps.data(), start, plane + j, to + j, columns, output.around(), next);
       } else {
-        correlate_column_by_2(p, taps.data(), start, plane + 2 * j, p.in_w - 2 * j, to + j, column, output.around(),
-                              next);
+        correlate_columns_by_2(p, taps.data(), start, plane + 2 * j, p.in_w - 2 * j, to + j, columns, output.around(),
+                               next);
       }
-      next.advance(p.out_h);
     });
     output.finish(target, count * out_size);
     channel = channel + count < p.channels ? channel + count : 0;
@@ -128,50 +111,79 @@ void forward_3x3(const GroupedProblem& p, const S* x, const S* weight, const S* 
   output.end();
 }
 
-// The backward of one call, plane by plane; used as Backward (grouped_plane.h).
+// The backward of one call, some planes at a time; used as Backward (grouped_plane.h).
 template <typename S, int STRIDE>
 class Backward3x3 {
   using T = Compute<S>;
 
  public:
   Backward3x3(const GroupedProblem& p, const S* grad_x)
-      : p_(p), together_(planes_together<S>(p)), dx_(grad_x, p.batch * p.channels, p.in_size(), p.in_w, together_) {}
+      : p_(p),
+        wanted_(grad_x != nullptr),
+        together_(planes_together<S>(p)),
+        plane_bytes_(together_ * p.in_size() * static_cast<int64_t>(sizeof(S))),
+        dx_(grad_x, p.batch * p.channels, p.in_size(), p.in_w, together_) {}
   ~Backward3x3() { dx_.end(); }
 
+  // Of one image. At most so many images are gone through at once: weights and sums of small planes then stay in
+  // registers. Large ones are fetched better in the order of memory.
   int64_t terms() const { return p_.out_h * ceil_div(p_.out_w, kLanes<T>); }
+  int64_t images(int64_t most_terms) const {
+    return is_small() && !dx_.streamed() ? most(1, least(p_.batch, most_terms / terms())) : 1;
+  }
   int64_t together() const { return together_; }
-  int64_t steps_ahead() const { return fetch_distance<S>(together_ * p_.in_size()); }
+  int64_t steps_ahead() const { return 1; }
 
   void run(const S* x, S* grad_x, const S* grad_y, const S* weight, T* sums, bool want_bias, int64_t count,
-           int64_t ahead) {
+           int64_t images, int64_t ahead) {
     const Taps<S> taps(weight, count);
     S* dx = dx_.target(grad_x);
-    NextPlane<S, STRIDE * STRIDE> next;
-    if (ahead != 0) next.x = x + ahead * p_.in_size(), next.y = grad_y + ahead * p_.out_size();
-    if (ahead != 0 && dx_.fetched()) next.dx = grad_x + ahead * p_.in_size();
-    for_columns<S>(p_, count, [&](auto column, int64_t j) {
+    const Images all = images_of(images, ahead);
+    for_columns<S, 4>(p_, count, [&](auto columns, int64_t j) {
       if constexpr (STRIDE == 1) {
-        meet_column(p_, taps.data(), grad_y + j, x + j, dx + j, sums, column, dx_.around(), next);
+        meet_columns(p_, taps.data(), grad_y + j, x + j, dx + j, sums, columns, dx_.around(), all);
       } else {
-        meet_column_by_2(p_, taps.data(), grad_y + j, x + 2 * j, p_.in_w - 2 * j, dx + 2 * j, sums, column,
-                         dx_.around(), next);
+        meet_columns_by_2(p_, taps.data(), grad_y + j, x + 2 * j, p_.in_w - 2 * j, dx + 2 * j, sums, columns,
+                          dx_.around(), all);
       }
-      if (want_bias) add_column(grad_y + j, sums + 9 * kLanes<T>, column);
-      next.advance(p_.out_h);
+      if (want_bias) add_columns(grad_y + j, sums + 9 * kLanes<T>, columns, all);
     });
     dx_.finish(grad_x, count * p_.in_size());
   }
 
  private:
+  bool is_small() const { return plane_bytes_ <= (STRIDE == 1 ? kPlanesAhead : kBackwardAhead); }
+
+  // `ahead`: how many planes further the next step's first one lies, zero if there is none.
+  Images images_of(int64_t count, int64_t ahead) const {
+    constexpr int64_t kAhead = kBackwardAhead / static_cast<int64_t>(sizeof(S));
+    const auto planes = [&](int64_t n) { return Ahead{n * p_.in_size(), n * p_.out_size(), n * p_.in_size()}; };
+    const Ahead step = planes(p_.channels);
+    Images all{count, step.x, step.y, wanted_ ? step.dx : 0, {kAhead, kAhead, kAhead}, {}, count};
+    if (!is_small()) return all;
+    const int64_t further = least(count, ceil_div(kPlanesAhead, plane_bytes_));
+    all.ahead = planes(further * p_.channels);
+    all.last = ahead != 0 ? planes(ahead + (further - count) * p_.channels) : Ahead{};
+    all.last_from = count - further;
+    return all;
+  }
+
   template <typename C>
-  void add_column(const S* dy, T* total, const C& column) const {
+  void add_columns(const S* first_dy, T* total, const C& columns, const Images& images) const {
     Vec<T> sum = load(total);
-    for (int64_t h = 0; h < p_.out_h; ++h) sum += column.load_row(dy + h * p_.out_w);
+    for (int64_t image = 0; image < images.count; ++image) {
+      const S* dy = first_dy + image * images.dy_step;
+      for (int64_t h = 0; h < p_.out_h; ++h, dy += p_.out_w) {
+#pragma GCC unroll 4
+        for (int j = 0; j < C::kVectors; ++j) sum += columns.load_row(dy, j);
+      }
+    }
     store(total, sum);
   }
 
   const GroupedProblem& p_;
-  const int64_t together_;
+  const bool wanted_;  // dx
+  const int64_t together_, plane_bytes_;
   PlaneOutput<S> dx_;
 };
 

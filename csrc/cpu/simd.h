@@ -22,6 +22,8 @@
 // For loops that are called once per small plane, where arguments in memory would cost as much as its rows, and for
 // what only fetches.
 #define REFCONV_INLINE inline __attribute__((always_inline))
+// For loops that need all registers: inlined into a function with many of them, they would share these.
+#define REFCONV_APART __attribute__((noinline))
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {

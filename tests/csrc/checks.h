@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <limits>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <utility>
@@ -22,8 +23,16 @@ using refconv::cpu::InstructionSet;
 inline int failures = 0;
 inline int checks = 0;
 
+// Exact allocations, where a std::vector may round its capacity up; at whole lines, as PyTorch's are.
+struct Free {
+  void operator()(void* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
+};
 template <typename T>
-using Buffer = std::unique_ptr<T[]>;  // exact allocations: a std::vector may round its capacity up
+using Buffer = std::unique_ptr<T[], Free>;
+template <typename T>
+Buffer<T> new_buffer(int64_t size) {
+  return Buffer<T>(new (std::align_val_t{64}) T[size]);
+}
 
 inline std::mt19937 generator(0);
 
@@ -74,14 +83,14 @@ double value(T x) {
 template <typename T>
 Buffer<T> random_buffer(int64_t size) {
   std::normal_distribution<double> normal;
-  Buffer<T> buffer(new T[size]);
+  Buffer<T> buffer = new_buffer<T>(size);
   for (int64_t i = 0; i < size; ++i) buffer[i] = Element<T>::nearest(normal(generator));
   return buffer;
 }
 
 template <typename T>
 Buffer<T> poisoned_buffer(int64_t size) {
-  Buffer<T> buffer(new T[size]);
+  Buffer<T> buffer = new_buffer<T>(size);
   for (int64_t i = 0; i < size; ++i) buffer[i] = Element<T>::nearest(std::nan(""));
   return buffer;
 }

@@ -116,7 +116,7 @@ void test_nhwc(const refconv::cpu::GroupedKernels<T>& kernels, const std::string
   const Buffer<T> bias = random_buffer<T>(p.out_channels()), dy = random_buffer<T>(y_size);
   const Expected want(p, x.get(), w.get(), bias.get(), dy.get());
   std::vector<double> want_y(y_size), want_dx(x_size);
-  Buffer<T> x_last(new T[x_size]), dy_last(new T[y_size]);
+  Buffer<T> x_last = new_buffer<T>(x_size), dy_last = new_buffer<T>(y_size);
   channels_last(want.y_biased, p.batch, p.out_channels(), p.out_size(), &want_y);
   channels_last(want.dx, p.batch, p.channels, p.in_size(), &want_dx);
   channels_last(x, p.batch, p.channels, p.in_size(), &x_last);
@@ -191,6 +191,23 @@ void test_grouped_all(const refconv::cpu::InstructionSet& set) {
       test_grouped(kernels, isa, depthwise(1, 1, 2 * tall_for(3), width, 3, 3, stride, stride, 2, 2, 2, 2));
     }
     test_grouped(kernels, isa, depthwise(2, 1, 7, width, 3, 5, 2, 1, 0, 4, 2, 2));
+  }
+  // As many vectors of a row as are held at once, of 4 to 16 lanes, and rows that are gone through in parts.
+  for (const int64_t width : {47, 48, 49, 55, 56, 57, 63, 64, 65, 79, 80, 81, 96, 97, 111, 112, 113, 128, 129, 193}) {
+    for (const int64_t height : {1, 2, 3, 6}) {
+      test_grouped(kernels, isa, depthwise(2, 1, height, width, 3, 3, 1, 1, 1, 1, 1, 1));
+      test_grouped(kernels, isa, depthwise(2, 1, height, 2 * width - height % 2, 3, 3, 2, 2, 1, 1, 1, 1));
+    }
+  }
+  // Small planes, more images than are gone through at once, and a part of as many.
+  for (const int64_t batch : {5, 80, 160}) {
+    for (const int64_t width : {7, 14}) {
+      for (const int64_t stride : {1, 2}) {
+        GroupedProblem p = depthwise(3, 1, 14, stride * width, 3, 3, stride, stride, 1, 1, 1, 1);
+        p.batch = batch;
+        test_grouped(kernels, isa, p);
+      }
+    }
   }
   for (const int64_t channels : {1, 2, 7, 8, 9, 15, 16, 17, 35}) {  // straddle the blocks of turned_planes.cpp
     test_grouped(kernels, isa, depthwise(channels, 1, 7, 6, 3, 3, 1, 1, 1, 1, 1, 1));
@@ -286,8 +303,10 @@ void test_nhwc_all(const refconv::cpu::InstructionSet& set) {
 void test_large(const refconv::cpu::InstructionSet& set) {
   const auto& kernels = set.kernels.grouped<float>();
   test_grouped(kernels, set.name, depthwise(4, 1, 512, 1033, 3, 3, 1, 1, 1, 1, 1, 1));
+  test_grouped(kernels, set.name, depthwise(4, 1, 1300, 416, 3, 3, 1, 1, 1, 1, 1, 1));  // whole lines
   test_grouped(kernels, set.name, depthwise(4, 1, 512, 1040, 3, 3, 2, 2, 1, 1, 1, 1));  // whole lines
   test_grouped(kernels, set.name, depthwise(42801, 1, 7, 7, 2, 2, 1, 1, 1, 1, 1, 1));
+  test_grouped(kernels, set.name, depthwise(42801, 1, 7, 7, 3, 3, 1, 1, 1, 1, 1, 1));
   test_nhwc(kernels, set.name, depthwise(32, 1, 256, 260, 3, 3, 1, 1, 1, 1, 1, 1));
   test_nhwc(kernels, set.name, depthwise(32, 1, 256, 260, 5, 5, 1, 1, 2, 2, 1, 1));
   test_nhwc(kernels, set.name, depthwise(32, 1, 256, 260, 2, 2, 2, 2, 0, 0, 1, 1));

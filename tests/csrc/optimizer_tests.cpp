@@ -49,7 +49,7 @@ void test_folded_adam(refconv::cpu::FoldedAdamKernel<T> kernel, const std::strin
     kernel(p, first.get(), root.get(), gradient.get(), rotation.get(), updated.get(), direction.get(), begin, end);
   }
   for (int64_t n = 0; n < p.rows; ++n) add_square(updated.get() + n * size, n, 1, &got_second);
-  Buffer<T> squares(new T[got_second.size()]);
+  Buffer<T> squares = new_buffer<T>(got_second.size());
   for (size_t i = 0; i < got_second.size(); ++i) squares[i] = static_cast<T>(got_second[i]);
   expect_close("S " + name, squares.get(), want_second, r);
   expect_close("direction " + name, direction.get(), want, p.columns * r);
