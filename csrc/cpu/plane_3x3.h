@@ -17,7 +17,7 @@ struct Ahead {
 // The planes of one channel in some images, one after the other: how far they lie from each other, and what is fetched
 // meanwhile: `last` from image `last_from` on.
 struct Images {
-  int64_t count, x_step, dy_step, dx_step;
+  int64_t count, x_step, y_step, dx_step;  // of y or dy
   Ahead ahead, last;
   int64_t last_from;
 
@@ -37,40 +37,45 @@ REFCONV_INLINE void load_neighbours(const S* row, int j, const C& columns, Vec<C
 
 template <typename S, typename C>
 REFCONV_APART void correlate_columns(const GroupedProblem& p, const Compute<S>* weight, const Compute<S>* bias,
-                                     const S* x, S* y, const C columns, bool around, Ahead ahead) {
+                                     const S* first_x, S* first_y, const C columns, bool around, const Images& images) {
   using T = Compute<S>;
   constexpr int N = C::kVectors;
   const int64_t width = p.in_w;
   const Vec<T> start = columns.bias(bias);
-  Vec<T> w[9], above[N], own[N];  // sums of the rows of y above a row of x, and beside it
+  Vec<T> w[9];
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) w[t] = columns.weight(weight, t);
-  // FIRST: no row of y lies above.
-  const auto meet = [&](auto first) {
+  for (int64_t image = 0; image < images.count; ++image) {
+    const S* x = first_x + image * images.x_step;
+    S* y = first_y + image * images.y_step;
+    const Ahead ahead = images.ahead_of(image);
+    Vec<T> above[N], own[N];  // sums of the rows of y above a row of x, and beside it
+    const auto meet = [&](auto has_above) {
 #pragma GCC unroll 7
-    for (int j = 0; j < N; ++j) {
-      Vec<T> v[3], below = start;
-      load_neighbours(x, j, columns, v);
-      if constexpr (first) own[j] = start;
+      for (int j = 0; j < N; ++j) {
+        Vec<T> v[3], below = start;
+        load_neighbours(x, j, columns, v);
+        if constexpr (!has_above) own[j] = start;
 #pragma GCC unroll 3
-      for (int b = 0; b < 3; ++b) {
-        if constexpr (!first) above[j] += w[6 + b] * v[b];
-        own[j] += w[3 + b] * v[b];
-        below += w[b] * v[b];
+        for (int b = 0; b < 3; ++b) {
+          if constexpr (has_above) above[j] += w[6 + b] * v[b];
+          own[j] += w[3 + b] * v[b];
+          below += w[b] * v[b];
+        }
+        if constexpr (has_above) columns.store_row(y, j, above[j], around);
+        above[j] = own[j], own[j] = below;
+        columns.fetch_row(x + ahead.x, j);
+        if (__builtin_expect(!around, true)) columns.fetch_row(y + ahead.y, j);
       }
-      if constexpr (!first) columns.store_row(y, j, above[j], around);
-      above[j] = own[j], own[j] = below;
-      columns.fetch_row(x + ahead.x, j);
-      if (__builtin_expect(!around, true)) columns.fetch_row(y + ahead.y, j);
-    }
-  };
-  meet(kYes);
-  for (int64_t i = p.in_h - 1; i > 0; --i, y += width) {
-    x += width;
+    };
     meet(kNo);
-  }
+    for (int64_t i = p.in_h - 1; i > 0; --i, y += width) {
+      x += width;
+      meet(kYes);
+    }
 #pragma GCC unroll 7
-  for (int j = 0; j < N; ++j) columns.store_row(y, j, above[j], around);
+    for (int j = 0; j < N; ++j) columns.store_row(y, j, above[j], around);
+  }
 }
 
 // dx of some columns, and what they add to the sums of dW, total [9][lanes].
@@ -85,7 +90,7 @@ REFCONV_APART void meet_columns(const GroupedProblem& p, const Compute<S>* weigh
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) w[t] = columns.weight(weight, t), sum[t] = Vec<T>{};
   for (int64_t image = 0; image < images.count; ++image) {
-    const S *dy = first_dy + image * images.dy_step, *x = first_x + image * images.x_step;
+    const S *dy = first_dy + image * images.y_step, *x = first_x + image * images.x_step;
     S* dx = first_dx + image * images.dx_step;
     const Ahead ahead = images.ahead_of(image);
     Vec<T> above[N], own[N];  // dx of the rows above a row of dy, and beside it

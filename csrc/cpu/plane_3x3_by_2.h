@@ -30,15 +30,14 @@ REFCONV_INLINE void store_pair(S* row, int j, const Pair<Compute<S>>& pair, int6
 // x points to column 2 j of the plane where y points to j; `width` is what a row of x has from there.
 template <typename S, typename C>
 REFCONV_APART void correlate_columns_by_2(const GroupedProblem& p, const Compute<S>* weight, const Compute<S>* bias,
-                                          const S* x, int64_t width, S* y, const C columns, bool around, Ahead ahead) {
+                                          const S* first_x, int64_t width, S* first_y, const C columns, bool around,
+                                          const Images& images) {
   using T = Compute<S>;
   constexpr int N = C::kVectors;
   const Vec<T> start = columns.bias(bias);
-  Vec<T> w[9], sum[N];
+  Vec<T> w[9];
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) w[t] = columns.weight(weight, t);
-#pragma GCC unroll 4
-  for (int j = 0; j < N; ++j) sum[j] = start;
   // The pixels that the taps 0, 1 and 2 of a row see; `before` are the odd ones of the vector before.
   const auto load_row = [&](const S* row, int j, Vec<T>& before, Vec<T>* v) {
     const Pair<T> pair = load_pair(row, j, width, columns);
@@ -51,31 +50,39 @@ REFCONV_APART void correlate_columns_by_2(const GroupedProblem& p, const Compute
     if constexpr (C::kFirst) return Vec<T>{};
     return permute<T, OddLanes>(load(row - 2 * kLanes<T>), load(row - kLanes<T>));
   };
-  // A row of y: two of x, or the last one alone.
-  const auto meet = [&](auto both) {
-    const S* next = x + p.in_w;
-    Vec<T> before = left_of(x), before_next = {};
-    if constexpr (both) before_next = left_of(next);
+  for (int64_t image = 0; image < images.count; ++image) {
+    const S* x = first_x + image * images.x_step;
+    S* y = first_y + image * images.y_step;
+    const Ahead ahead = images.ahead_of(image);
+    Vec<T> sum[N];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      Vec<T> v[3], below = start;
-      load_row(x, j, before, v);
+    for (int j = 0; j < N; ++j) sum[j] = start;
+    // A row of y: two of x, or the last one alone.
+    const auto meet = [&](auto both) {
+      const S* next = x + p.in_w;
+      Vec<T> before = left_of(x), before_next = {};
+      if constexpr (both) before_next = left_of(next);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        Vec<T> v[3], below = start;
+        load_row(x, j, before, v);
 #pragma GCC unroll 3
-      for (int b = 0; b < 3; ++b) sum[j] += w[3 + b] * v[b];
-      if constexpr (both) {
-        load_row(next, j, before_next, v);
+        for (int b = 0; b < 3; ++b) sum[j] += w[3 + b] * v[b];
+        if constexpr (both) {
+          load_row(next, j, before_next, v);
 #pragma GCC unroll 3
-        for (int b = 0; b < 3; ++b) sum[j] += w[6 + b] * v[b], below += w[b] * v[b];
+          for (int b = 0; b < 3; ++b) sum[j] += w[6 + b] * v[b], below += w[b] * v[b];
+        }
+        columns.store_row(y, j, sum[j], around);
+        sum[j] = below;
+        columns.fetch_two(x + ahead.x, j), columns.fetch_two(next + ahead.x, j);
+        if (__builtin_expect(!around, true)) columns.fetch_row(y + ahead.y, j);
       }
-      columns.store_row(y, j, sum[j], around);
-      sum[j] = below;
-      columns.fetch_two(x + ahead.x, j), columns.fetch_two(next + ahead.x, j);
-      if (__builtin_expect(!around, true)) columns.fetch_row(y + ahead.y, j);
-    }
-    x = next + p.in_w, y += p.out_w;
-  };
-  for (int64_t o = p.in_h / 2; o > 0; --o) meet(kYes);
-  if (p.in_h % 2 != 0) meet(kNo);
+      x = next + p.in_w, y += p.out_w;
+    };
+    for (int64_t o = p.in_h / 2; o > 0; --o) meet(kYes);
+    if (p.in_h % 2 != 0) meet(kNo);
+  }
 }
 
 // What pixels of a row of x meet through a row of taps: dy where they are, and one further right.
@@ -98,7 +105,7 @@ REFCONV_APART void meet_columns_by_2(const GroupedProblem& p, const Compute<S>* 
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) w[t] = columns.weight(weight, t), sum[t] = Vec<T>{};
   for (int64_t image = 0; image < images.count; ++image) {
-    const S *dy = first_dy + image * images.dy_step, *x = first_x + image * images.x_step;
+    const S *dy = first_dy + image * images.y_step, *x = first_x + image * images.x_step;
     S* dx = first_dx + image * images.dx_step;
     const Ahead ahead = images.ahead_of(image);
     Vec<T> even[N], odd[N], to_even[N], to_odd[N];  // the row of x that lies between two of dy, and its dx

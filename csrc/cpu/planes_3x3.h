@@ -15,9 +15,28 @@ int64_t planes_together(const GroupedProblem& p) {
   return has_twin_planes(p, sizeof(S), REFCONV_VECTOR_BYTES) ? 2 : 1;
 }
 
-// How many bytes ahead maps are fetched into the first cache. The planes of one channel do not follow each other, so
-// that backward, where they are small, whole ones are fetched.
-constexpr int64_t kForwardAhead = 4096, kBackwardAhead = 4096, kPlanesAhead = 1500;
+// How many bytes ahead maps are fetched into the first cache, in the order of memory, or where planes are small in
+// whole planes of the same channels.
+constexpr int64_t kForwardAhead = 8192, kBackwardAhead = 4096, kPlanesAhead = 1500;
+constexpr int64_t kSmallBytes = 4096;
+
+// Whether planes are so small, `together` of them, that all of some channels are gone through before others: weights
+// and sums then stay in registers. Large ones are fetched better in the order of memory.
+template <typename S>
+bool has_small_planes(const GroupedProblem& p, int64_t together) {
+  const int64_t bytes = together * p.in_size() * static_cast<int64_t>(sizeof(S));
+  return bytes <= kSmallBytes;
+}
+
+// `count` images of small planes; the first one of what comes next is `next` planes further, 0: nothing comes.
+template <typename S>
+Images small_images(const GroupedProblem& p, int64_t together, int64_t count, int64_t next) {
+  const auto planes = [&](int64_t n) { return Ahead{n * p.in_size(), n * p.out_size(), n * p.in_size()}; };
+  const int64_t bytes = together * p.in_size() * static_cast<int64_t>(sizeof(S));
+  const int64_t further = least(count, ceil_div(kPlanesAhead, bytes));
+  const Ahead step = planes(p.channels), last = planes(next + (further - count) * p.channels);
+  return {count, step.x, step.y, step.dx, planes(further * p.channels), next != 0 ? last : Ahead{}, count - further};
+}
 
 // How planes that are large enough are written around the cache: straight away where rows are whole aligned vectors
 // that fill lines, otherwise by way of a plane in the cache.
@@ -81,30 +100,54 @@ class Taps {
   const T* taps_;
 };
 
+// The planes of `count` channels from `channel` on, one or two, in some images.
+template <typename S, int STRIDE>
+void correlate_planes(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t channel,
+                      int64_t count, bool around, const Images& images) {
+  const Taps<S> taps(weight + channel * 9, count);
+  Compute<S> start[2] = {};
+  for (int64_t n = 0; n < count && bias != nullptr; ++n) start[n] = load_one(bias + channel + n);
+  for_columns<S, STRIDE == 1 ? 7 : 4>(p, count, [&](auto columns, int64_t j) {
+    if constexpr (STRIDE == 1) {
+      correlate_columns(p, taps.data(), start, x + j, y + j, columns, around, images);
+    } else {
+      correlate_columns_by_2(p, taps.data(), start, x + 2 * j, p.in_w - 2 * j, y + j, columns, around, images);
+    }
+  });
+}
+
+// Channel by channel. A task is one plane of those of all images, channel after channel; the range is that of as many
+// of them as are gone through at once.
+template <typename S, int STRIDE>
+void forward_small_3x3(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
+                       int64_t end, int64_t together) {
+  const int64_t all = p.batch * p.channels, steps = p.batch * ceil_div(p.channels, together);
+  const int64_t last = end * steps / all;
+  for (int64_t step = begin * steps / all, images; step < last; step += images) {
+    const int64_t channel = step / p.batch * together, image = step % p.batch;
+    images = least(p.batch - image, last - step);
+    const int64_t plane = image * p.channels + channel, count = least(together, p.channels - channel);
+    const int64_t next = step + images < last ? channel + together - plane : 0;
+    correlate_planes<S, STRIDE>(p, x + plane * p.in_size(), weight, bias, y + plane * p.out_size(), channel, count,
+                                false, small_images<S>(p, together, images, next));
+  }
+}
+
 template <typename S, int STRIDE>
 void forward_3x3(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                  int64_t end) {
-  using T = Compute<S>;
+  constexpr int64_t kAhead = kForwardAhead / static_cast<int64_t>(sizeof(S));
   const int64_t in_size = p.in_size(), out_size = p.out_size(), together = planes_together<S>(p);
-  const int64_t ahead = kForwardAhead / static_cast<int64_t>(sizeof(S));
   PlaneOutput<S> output(y, p.batch * p.channels, out_size, p.out_w, together);
+  if (!output.streamed() && has_small_planes<S>(p, together)) {
+    return forward_small_3x3<S, STRIDE>(p, x, weight, bias, y, begin, end, together);
+  }
   int64_t channel = begin % p.channels;
   for (int64_t task = begin, count; task < end; task += count) {
     count = least(together, least(end - task, p.channels - channel));
-    const Taps<S> taps(weight + channel * 9, count);
-    T start[2] = {};
-    for (int64_t n = 0; n < count && bias != nullptr; ++n) start[n] = load_one(bias + channel + n);
-    const S* plane = x + task * in_size;
-    S *target = y + task * out_size, *to = output.target(target);
-    const Ahead next{ahead, ahead, 0};
-    for_columns<S, STRIDE == 1 ? 7 : 4>(p, count, [&](auto columns, int64_t j) {
-      if constexpr (STRIDE == 1) {
-        correlate_columns(p, taps.data(), start, plane + j, to + j, columns, output.around(), next);
-      } else {
-        correlate_columns_by_2(p, taps.data(), start, plane + 2 * j, p.in_w - 2 * j, to + j, columns, output.around(),
-                               next);
-      }
-    });
+    S* target = y + task * out_size;
+    correlate_planes<S, STRIDE>(p, x + task * in_size, weight, bias, output.target(target), channel, count,
+                                output.around(), {1, 0, 0, 0, {kAhead, kAhead, 0}, {}, 1});
     output.finish(target, count * out_size);
     channel = channel + count < p.channels ? channel + count : 0;
   }
@@ -121,24 +164,28 @@ class Backward3x3 {
       : p_(p),
         wanted_(grad_x != nullptr),
         together_(planes_together<S>(p)),
-        plane_bytes_(together_ * p.in_size() * static_cast<int64_t>(sizeof(S))),
+        small_(has_small_planes<S>(p, together_)),
         dx_(grad_x, p.batch * p.channels, p.in_size(), p.in_w, together_) {}
   ~Backward3x3() { dx_.end(); }
 
-  // Of one image. At most so many images are gone through at once: weights and sums of small planes then stay in
-  // registers. Large ones are fetched better in the order of memory.
+  // Of one image.
   int64_t terms() const { return p_.out_h * ceil_div(p_.out_w, kLanes<T>); }
+  // At most so many are gone through at once.
   int64_t images(int64_t most_terms) const {
-    return is_small() && !dx_.streamed() ? most(1, least(p_.batch, most_terms / terms())) : 1;
+    return small_ && !dx_.streamed() ? most(1, least(p_.batch, most_terms / terms())) : 1;
   }
   int64_t together() const { return together_; }
   int64_t steps_ahead() const { return 1; }
 
+  // `next`: how many planes further the next step's first one lies, zero if there is none.
   void run(const S* x, S* grad_x, const S* grad_y, const S* weight, T* sums, bool want_bias, int64_t count,
-           int64_t images, int64_t ahead) {
+           int64_t images, int64_t next) {
     const Taps<S> taps(weight, count);
     S* dx = dx_.target(grad_x);
-    const Images all = images_of(images, ahead);
+    constexpr int64_t kAhead = kBackwardAhead / static_cast<int64_t>(sizeof(S));
+    Images all{1, 0, 0, 0, {kAhead, kAhead, kAhead}, {}, 1};
+    if (small_) all = small_images<S>(p_, together_, images, next);
+    if (!wanted_) all.dx_step = 0;
     for_columns<S, 4>(p_, count, [&](auto columns, int64_t j) {
       if constexpr (STRIDE == 1) {
         meet_columns(p_, taps.data(), grad_y + j, x + j, dx + j, sums, columns, dx_.around(), all);
@@ -152,27 +199,11 @@ class Backward3x3 {
   }
 
  private:
-  bool is_small() const { return plane_bytes_ <= (STRIDE == 1 ? kPlanesAhead : kBackwardAhead); }
-
-  // `ahead`: how many planes further the next step's first one lies, zero if there is none.
-  Images images_of(int64_t count, int64_t ahead) const {
-    constexpr int64_t kAhead = kBackwardAhead / static_cast<int64_t>(sizeof(S));
-    const auto planes = [&](int64_t n) { return Ahead{n * p_.in_size(), n * p_.out_size(), n * p_.in_size()}; };
-    const Ahead step = planes(p_.channels);
-    Images all{count, step.x, step.y, wanted_ ? step.dx : 0, {kAhead, kAhead, kAhead}, {}, count};
-    if (!is_small()) return all;
-    const int64_t further = least(count, ceil_div(kPlanesAhead, plane_bytes_));
-    all.ahead = planes(further * p_.channels);
-    all.last = ahead != 0 ? planes(ahead + (further - count) * p_.channels) : Ahead{};
-    all.last_from = count - further;
-    return all;
-  }
-
   template <typename C>
   void add_columns(const S* first_dy, T* total, const C& columns, const Images& images) const {
     Vec<T> sum = load(total);
     for (int64_t image = 0; image < images.count; ++image) {
-      const S* dy = first_dy + image * images.dy_step;
+      const S* dy = first_dy + image * images.y_step;
       for (int64_t h = 0; h < p_.out_h; ++h, dy += p_.out_w) {
 #pragma GCC unroll 4
         for (int j = 0; j < C::kVectors; ++j) sum += columns.load_row(dy, j);
@@ -183,7 +214,8 @@ class Backward3x3 {
 
   const GroupedProblem& p_;
   const bool wanted_;  // dx
-  const int64_t together_, plane_bytes_;
+  const int64_t together_;
+  const bool small_;
   PlaneOutput<S> dx_;
 };
 
