@@ -1,4 +1,8 @@
-"""Large 3x3 depthwise convolutions against a copy of as many bytes: their forward and their fused backward alone."""
+"""Large 3x3 depthwise convolutions, in turns with a copy of as many bytes: their forward and fused backward operators.
+
+The copy is a ``clone()`` of part of the memory that the convolution reads, so that both find the same of it in the
+caches and take what they write from the same allocator.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,9 @@ from torch.nn import functional as F
 from benchmarks.agreement import Agreement
 from benchmarks.layers import Layer, distinct
 from refconv_kernels.functional import conv2d
+from refconv_kernels.ops import KERNELS, choose
 
+PAIRS = 100
 SMALLEST = 4 << 20  # bytes of the input at the batch of 16
 LAYERS = {
     layer: networks
@@ -37,34 +43,38 @@ def _check(layer: Layer, x: Tensor, weight: Tensor, grad: Tensor) -> None:
     Agreement(expected, results(F.conv2d, torch.float32)).require("ours", results(conv2d, torch.float32))
 
 
-@pytest.mark.parametrize("formulation", ["copy", "ours"])
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.label)
-def test_bandwidth(layer: Layer, mode: str, formulation: str, batch: int, measure: Callable[..., Any]) -> None:
+def test_bandwidth(layer: Layer, mode: str, batch: int, measure: Callable[..., Any]) -> None:
     torch.manual_seed(0)
-    options = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
-    x = torch.randn(batch, layer.in_channels, layer.height, layer.width, requires_grad=True)
-    weight = torch.randn(layer.out_channels, 1, 3, 3, requires_grad=True)
-    y = conv2d(x, weight, **options)
-    grad = torch.randn_like(y)
-    moved = y.nbytes + x.nbytes * (1 if mode == "forward" else 2)
-    source = torch.randn(moved // 8)  # a copy reads and writes
+    geometry = (layer.stride,) * 2, (layer.padding,) * 2, (1, 1)
+    size = (layer.height + 2 * layer.padding - layer.kernel_size) // layer.stride + 1
+    shapes = (batch, layer.in_channels, layer.height, layer.width), (batch, layer.out_channels, size, size)
+    counts = [torch.Size(shape).numel() for shape in shapes]
+    memory = torch.randn(sum(counts))
+    x, grad = (part.view(shape) for part, shape in zip(memory.split(counts), shapes, strict=True))
+    weight = torch.randn(layer.out_channels, 1, 3, 3)
     _check(layer, x, weight, grad)
+    kernel = KERNELS["grouped_conv2d"][choose("grouped_conv2d", x, weight, layer.groups, geometry)]
 
     def ours() -> object:
         if mode == "forward":
-            with torch.no_grad():
-                return conv2d(x, weight, **options)
-        return torch.autograd.grad(y, [x, weight], grad, retain_graph=True)
+            return kernel.forward(x, weight, None, *geometry)
+        return kernel.backward(grad, x, weight, *geometry, True, True, False)
 
+    moved = memory.nbytes + (0 if mode == "forward" else x.nbytes)
+    copied = memory[: moved // (2 * memory.itemsize)]  # a copy reads and writes
     measure(
-        source.clone if formulation == "copy" else ours,
+        ours,
+        against=copied.clone,
+        pairs=PAIRS,
+        baseline="copy",
         kind="bandwidth",
         mode=mode,
         shape=layer.label,
         case=layer.case,
         networks=LAYERS[layer],
-        formulation=formulation,
+        formulation="ours",
         dtype=torch.float32,
         batch=batch,
         bytes=moved,

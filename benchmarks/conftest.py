@@ -57,7 +57,8 @@ def measure(benchmark: Any) -> Callable[..., None]:
 
     Times ``function`` in rounds and records the rest with the figures. What differs in the formulation alone is one
     group. ``bytes`` are those that one call must move, None where that is not defined. With ``against``, another
-    function of a millisecond or more, the two are timed in turns, and the median ratio of neighbours is recorded.
+    function, the two are timed in turns, ``pairs`` times, and the median ratio of neighbours is recorded, as is the
+    shortest time of ``against`` under the name of ``baseline``.
     """
 
     def run(
@@ -68,13 +69,17 @@ def measure(benchmark: Any) -> Callable[..., None]:
         shape: str,
         dtype: torch.dtype,
         against: Callable[[], object] | None = None,
+        pairs: int = PAIRS,
+        baseline: str | None = None,
         **info: Any,
     ) -> None:
         benchmark.group = f"{kind} {mode} {shape}"
         benchmark.extra_info.update(kind=kind, mode=mode, shape=shape, dtype=str(dtype).removeprefix("torch."), **info)
         benchmark.extra_info["probe"] = machine.probe()
         if against is not None:
-            benchmark.extra_info["against"] = in_turns(function, against)
+            benchmark.extra_info["against"], shortest = in_turns(function, against, pairs)
+            if baseline is not None:
+                benchmark.extra_info["baseline"] = {baseline: shortest}
             return
         function()
         start = time.perf_counter()
@@ -85,7 +90,7 @@ def measure(benchmark: Any) -> Callable[..., None]:
         rounds = min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
         benchmark.pedantic(function, rounds=rounds, iterations=iterations, warmup_rounds=1)
 
-    def in_turns(function: Callable[[], object], against: Callable[[], object]) -> float:
+    def in_turns(function: Callable[[], object], against: Callable[[], object], pairs: int) -> tuple[float, float]:
         seconds: list[float] = []
 
         def before() -> None:
@@ -100,8 +105,8 @@ def measure(benchmark: Any) -> Callable[..., None]:
             function()
             own.append(time.perf_counter() - start)
 
-        benchmark.pedantic(timed, setup=before, rounds=PAIRS, warmup_rounds=WARM_PAIRS)
+        benchmark.pedantic(timed, setup=before, rounds=pairs, warmup_rounds=WARM_PAIRS)
         ratios = [a / b for a, b in zip(own, seconds, strict=True)]
-        return statistics.median(ratios[WARM_PAIRS:] or ratios)
+        return statistics.median(ratios[WARM_PAIRS:] or ratios), min(seconds)
 
     return run

@@ -17,12 +17,14 @@ KINDS = ("weight transform", "layer", "bandwidth", "training step", "optimizer s
 BASELINES = ("plain", "two_convolutions", "copy", "adamw")
 OWN = ("ours", "thin")
 CASES = ("depthwise", "groupwise", "dense")
+BANDWIDTH_GOALS = {"forward": 0.7, "backward": 0.6}
 MISSING = "-"
 LEGEND = (
     "Times are the shortest of their rounds, in ms, with warm caches. A ratio is another formulation's time divided by "
     "ours in the same run: above 1, ours is faster. ours is the full form, "
     "thin ours in the thin form. GB/s: bytes that ours must move at least, by its time. Under "
-    "bandwidth, copy is a clone() of as many bytes, so copy/ours is the share of the copy's bandwidth. Training steps "
+    "bandwidth, copy is a clone() of as many bytes of the same memory, so copy/ours is the share of the copy's "
+    "bandwidth; both are operators, called without autograd. Training steps "
     "take FusedSGD for ours and thin, PyTorch's fused SGD for the others."
 )
 
@@ -61,6 +63,7 @@ def read_rows(run: dict[str, Any]) -> list[Row]:
         row.seconds[info["formulation"]] = benchmark["stats"]["min"]
         if "against" in info:
             row.against[info["formulation"]] = info["against"]
+        row.seconds.update(info.get("baseline", {}))
         if info["formulation"] == "ours":
             row.bytes = info["bytes"]
     return list(rows.values())
@@ -162,6 +165,18 @@ def _detail(rows: Sequence[Row]) -> list[list[str]]:
     return table
 
 
+def _shares(rows: Sequence[Row]) -> list[list[str]]:
+    """The share of the bandwidth of a copy, and how many of the shapes reach which."""
+    goal = BANDWIDTH_GOALS[rows[0].mode]
+    shares = [1 / row.against["ours"] for row in rows]
+    reached = sum(share >= goal for share in shares)
+    return [
+        ["shape", "share"],
+        *([row.shape, _number(share, 2)] for row, share in zip(rows, shares, strict=True)),
+        [f"at least {goal:.2f}", f"{reached} of {len(rows)}"],
+    ]
+
+
 def _in_turns(rows: Sequence[Row]) -> list[list[str]]:
     """Time / plain of what was measured in turns with the plain formulation."""
     names = [name for name in ("plain", "two_convolutions", *OWN) if any(name in row.against for row in rows)]
@@ -228,7 +243,10 @@ def report(run: dict[str, Any], markdown: bool = False) -> str:
         groups.setdefault((row.kind, row.mode), []).append(row)
     for (kind, mode), members in groups.items():
         lines += ["", f"{heading}{kind}, {mode}", "", *_format(_detail(members), markdown)]
-        if any(row.against for row in members):
+        if kind == "bandwidth":
+            lines += ["", f"{heading}{kind}, {mode}, in turns with the copy: medians of copy / ours", ""]
+            lines += _format(_shares(members), markdown)
+        elif any(row.against for row in members):
             lines += ["", f"{heading}{kind}, in turns with plain: medians of time / plain", ""]
             lines += _format(_in_turns(members), markdown)
     memory = _memory(run)

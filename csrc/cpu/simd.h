@@ -263,6 +263,21 @@ inline double sum(Vec<T> v) {
   return total;
 }
 
+// The sum of `count` numbers, so many that they fill vectors, lane by lane and then half by half.
+template <int BY>
+inline double sum_halves(Vec<double> v) {
+  if constexpr (BY == 0) {
+    return v[0];
+  } else {
+    return sum_halves<BY / 2>(v + align<double, BY>(v, v));
+  }
+}
+inline double sum_of(const double* from, int64_t count) {
+  Vec<double> total = load(from);
+  for (int64_t i = kLanes<double>; i < count; i += kLanes<double>) total += load(from + i);
+  return sum_halves<kLanes<double> / 2>(total);
+}
+
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
