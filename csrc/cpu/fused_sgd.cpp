@@ -14,8 +14,9 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-// One step on `count` entries of W_r. `momentum` may be null if p.momentum is 0. The entries `ahead` are fetched.
-template <typename T>
+// One step on `count` entries of W_r. `momentum` may be null if p.momentum is 0. The entries `ahead` are fetched, those
+// of the momentum only with `FETCH_MOMENTUM`.
+template <bool FETCH_MOMENTUM, typename T>
 void step(const FusedSgdProblem& p, const T* grad, T* refocus, T* momentum, int64_t count, int64_t ahead) {
   const Vec<T> sign = broadcast(T(p.maximize ? -1 : 1)), decay = broadcast(static_cast<T>(p.weight_decay));
   const Vec<T> keep = broadcast(static_cast<T>(p.momentum)), take = broadcast(static_cast<T>(1 - p.dampening));
@@ -25,7 +26,7 @@ void step(const FusedSgdProblem& p, const T* grad, T* refocus, T* momentum, int6
     const Vec<T> weight = load_lanes(refocus + i, count - i);
     Vec<T> direction = sign * load_lanes(grad + i, count - i) + decay * weight;
     if (momentum != nullptr) {
-      prefetch(momentum + i + ahead, kLanes<T>);
+      if (FETCH_MOMENTUM) prefetch(momentum + i + ahead, kLanes<T>);
       const Vec<T> moved = p.first ? direction : keep * load_lanes<T>(momentum + i, count - i) + take * direction;
       store_lanes(momentum + i, moved, count - i);
       direction = p.nesterov ? direction + keep * moved : moved;
@@ -43,7 +44,7 @@ void dense_sgd(const FusedSgdProblem& p, const T* basis, T* transformed, T* refo
   for (int64_t n = begin; n < end; n += kHeld) {
     const int64_t count = least(kHeld, end - n), at = n * 9;
     refocus_some_kernels<T, false>(basis + at, transformed + at, held, count, true);
-    step(p, held, refocus + at, momentum == nullptr ? nullptr : momentum + at, count * 9, kHeld * 9);
+    step<true>(p, held, refocus + at, momentum == nullptr ? nullptr : momentum + at, count * 9, kHeld * 9);
     forward(basis + at, refocus + at, transformed + at, count, true);
   }
 }
@@ -77,9 +78,15 @@ class WideSgd {
     for (int64_t k = 0; k < count * kWidest; ++k) grads_[k] = transformed[k], sums_[k] = Vec<T>{};
     for (int64_t q = 0; q < length_; q += u_.block()) {
       const int64_t end = least(q + u_.block(), length_);
-      int64_t r = 0;
-      for (; r + kAtOnce <= count; r += kAtOnce) some_rows<kAtOnce>(r, q, end, refocus, momentum);
-      for (; r < count; ++r) some_rows<1>(r, q, end, refocus, momentum);
+      for (int64_t r = 0, some; r < count; r += some) {
+        some = count - r < kAtOnce ? 1 : kAtOnce;
+        // What comes next: the following rows, the first ones of the next block, or of the next group.
+        const int64_t next = r + some < count ? some * length_
+                             : end < length_  ? end - q - r * length_
+                                              : (count - r) * length_ - q;
+        const auto run = some == kAtOnce ? &WideSgd::some_rows<kAtOnce> : &WideSgd::some_rows<1>;
+        (this->*run)(r, q, end, next, refocus, momentum);
+      }
     }
     for (int64_t k = 0; k < count * kWidest; ++k) {
       const T start = p_.transformation.identity ? basis[k] : T(0);
@@ -88,17 +95,18 @@ class WideSgd {
   }
 
   template <int ROWS>
-  void some_rows(int64_t r, int64_t q, int64_t end, T* refocus, T* momentum) {
+  void some_rows(int64_t r, int64_t q, int64_t end, int64_t next, T* refocus, T* momentum) {
     const int64_t block = u_.block();
     backward_rows_held<T, ROWS, kWidest>(p_.transformation, u_, grads_.data() + r * kWidest, held_.data(), block, q,
                                          end, false);
     for (int64_t n = 0; n < ROWS; ++n) {
       const int64_t at = (r + n) * length_ + q;
-      step(p_, held_.data() + n * block, refocus + at, momentum == nullptr ? nullptr : momentum + at, end - q,
-           ROWS * length_);
+      step<false>(p_, held_.data() + n * block, refocus + at, momentum == nullptr ? nullptr : momentum + at, end - q,
+                  next);
     }
-    const T* row = refocus + r * length_;
-    product<T, ROWS, kWidest>(row, length_, u_, q, end, row + ROWS * length_ + q, sums_.data() + r * kWidest);
+    const int64_t first = r * length_;
+    const T* fetched = (momentum != nullptr ? momentum : refocus) + first + q + next;
+    product<T, ROWS, kWidest>(refocus + first, length_, u_, q, end, fetched, sums_.data() + r * kWidest);
   }
 
   const FusedSgdProblem& p_;

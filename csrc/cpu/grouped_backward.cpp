@@ -89,7 +89,8 @@ void backward_planes(const GroupedProblem& p, const S* grad_y, const S* x, const
       const int64_t c = k / p.multiplier, m = k % p.multiplier, channel = first + c, member = channel % p.per_group;
       const int64_t out_channel = channel / p.per_group * p.multiplier + m;
       const double* sums = total.data() + c / together * per_step + m * totals + c % together * own_lanes;
-      if (grad_bias != nullptr && member == 0) store_one(grad_bias + out_channel, static_cast<T>(sum_of(sums + p.taps() * kLane, own_lanes)));
+      if (grad_bias != nullptr && member == 0)
+        store_one(grad_bias + out_channel, static_cast<T>(sum_of(sums + p.taps() * kLane, own_lanes)));
       if (grad_weight == nullptr) continue;
       S* to = grad_weight + (out_channel * p.per_group + member) * p.taps();
       bool finite = true;
