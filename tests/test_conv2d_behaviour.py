@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refconv_kernels import RefConv2d, use_backend
+from refconv_kernels import RefConv2d, functional, use_backend
 from tests.cases import CASES, Case
+from tests.conftest import needs_native
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
@@ -139,3 +140,21 @@ def test_large_kernel_of_31(backend: str) -> None:
     x = torch.randn(1, 2, 12, 35, dtype=torch.float64)
     with use_backend(backend):
         torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, 1, 15, 1, 2))
+
+
+@needs_native
+def test_convolutions_that_are_known_are_still_told_apart() -> None:
+    """What was checked once is looked up; autocast, errors and unbatched input are not part of what is known."""
+    x, weight, options = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3), {"padding": 1, "groups": 8}
+    expected = functional.conv2d(x, weight, **options)
+    assert torch.equal(functional.conv2d(x, weight, **options), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert functional.conv2d(x, weight, **options).dtype == torch.bfloat16
+    assert torch.equal(functional.conv2d(x[0], weight, **options), expected[0])
+    around = functional.conv2d(x, weight, padding_mode="circular", **options)
+    assert torch.equal(around[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1])
+    assert not torch.equal(around, expected)
+    with pytest.raises(ValueError, match=r"bias.shape \(=\(7,\)\)"):
+        functional.conv2d(x, weight, torch.randn(7), **options)
+    with use_backend("reference"):
+        torch.testing.assert_close(functional.conv2d(x, weight, **options), expected)
