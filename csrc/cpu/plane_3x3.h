@@ -11,13 +11,13 @@ namespace {
 
 // What is fetched while a row is computed: what lies so many elements further; 0 fetches nothing new.
 struct Ahead {
-  int64_t x = 0, y = 0, dx = 0;  // y or dy
+  int64_t x = 0, y = 0, dx = 0;  // y: or dy
 };
 
 // The planes of one channel in some images, one after the other: how far they lie from each other, and what is fetched
 // meanwhile: `last` from image `last_from` on.
 struct Images {
-  int64_t count, x_step, y_step, dx_step;  // of y or dy
+  int64_t count, x_step, y_step, dx_step;  // y: or dy
   Ahead ahead, last;
   int64_t last_from;
 

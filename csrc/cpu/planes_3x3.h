@@ -116,8 +116,8 @@ void correlate_planes(const GroupedProblem& p, const S* x, const S* weight, cons
   });
 }
 
-// Channel by channel. A task is one plane of those of all images, channel after channel; the range is that of as many
-// of them as are gone through at once.
+// The same tasks in another order, channel after channel, each in all images: what is computed is the same share of the
+// planes, in steps of as many as are gone through at once.
 template <typename S, int STRIDE>
 void forward_small_3x3(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                        int64_t end, int64_t together) {
