@@ -156,5 +156,8 @@ def test_convolutions_that_are_known_are_still_told_apart() -> None:
     assert not torch.equal(around, expected)
     with pytest.raises(ValueError, match=r"bias.shape \(=\(7,\)\)"):
         functional.conv2d(x, weight, torch.randn(7), **options)
+    for stride in (1.0, (1, 1.0)):
+        with pytest.raises(ValueError, match="stride"):
+            functional.conv2d(x, weight, None, stride, **options)
     with use_backend("reference"):
         torch.testing.assert_close(functional.conv2d(x, weight, **options), expected)

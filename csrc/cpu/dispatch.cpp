@@ -123,9 +123,11 @@ bool has_half_width_units() {
 
 const InstructionSet& instruction_set_for(const RefocusProblem& p) {
   constexpr int64_t kDenseBytes = 32;
-  const bool chosen = is_dense_3x3(p) && has_half_width_units() && named().load(std::memory_order_relaxed) == nullptr;
+  if (!is_dense_3x3(p) || !has_half_width_units() || named().load(std::memory_order_relaxed) != nullptr) {
+    return instruction_set();
+  }
   for (const InstructionSet* set : found()) {
-    if (chosen && set->vector_bytes <= kDenseBytes) return *set;
+    if (set->vector_bytes <= kDenseBytes) return *set;
   }
   return instruction_set();
 }

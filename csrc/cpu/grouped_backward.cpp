@@ -32,11 +32,10 @@ class Steps {
         count_(ceil_div(count, together)) {}
   // Through all channels.
   int64_t count() const { return count_; }
-  // How many planes further the one of `further` steps on lies; zero where there is none.
-  int64_t distance(int64_t image, int64_t step, int64_t further) const {
-    int64_t to = step + further, images = 0;
-    for (; to >= count_; to -= count_) images += images_;
-    return image + images < batch_ ? images * channels_ + (to - step) * together_ : 0;
+  // How many planes further the first one of the next step lies; zero where there is none.
+  int64_t to_next(int64_t image, int64_t step) const {
+    if (step + 1 < count_) return together_;
+    return image + images_ < batch_ ? images_ * channels_ - step * together_ : 0;
   }
 
  private:
@@ -51,7 +50,7 @@ void backward_planes(const GroupedProblem& p, const S* grad_y, const S* x, const
   constexpr int64_t kLane = kLanes<T>;
   // A block of channels at a time: the planes of neighbouring channels lie side by side in memory, those of one
   // channel do not. Per output channel: its taps, then its bias; channels that are computed together share the lanes.
-  const int64_t together = backward.together(), own_lanes = kLane / together, ahead = backward.steps_ahead();
+  const int64_t together = backward.together(), own_lanes = kLane / together;
   const int64_t at_once = backward.images(kTermsInLanes);
   const int64_t totals = (p.taps() + 1) * kLane, per_step = p.multiplier * totals;
   const int64_t fitting = kTotalsBytes / (per_step * static_cast<int64_t>(sizeof(T) + sizeof(double))) * together;
@@ -75,7 +74,7 @@ void backward_planes(const GroupedProblem& p, const S* grad_y, const S* x, const
         backward.run(x + plane * p.in_size(), dx, grad_y + (n * p.out_channels() + out_channel) * p.out_size(),
                      weight + (out_channel * p.per_group + member) * p.taps(), lanes.data() + step * per_step,
                      grad_bias != nullptr && member == 0, least(together, first + count - channel), images,
-                     steps.distance(n, step, ahead));
+                     steps.to_next(n, step));
         member += together;  // one where a group has several channels
         if (member >= p.per_group) member = 0, group += together;
       }

@@ -61,7 +61,6 @@ class Backward {
 
   int64_t together() const { return 1; }  // planes at a time
   int64_t images(int64_t) const { return 1; }
-  int64_t steps_ahead() const { return 1; }
 
   // One plane of x and the `multiplier` planes of dy of its group: writes dx, and adds to `sums` what each of dy's
   // planes finds at its taps and, if wanted, behind them, for the bias: [multiplier, taps + 1, lanes]. The next one

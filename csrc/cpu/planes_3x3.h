@@ -175,7 +175,6 @@ class Backward3x3 {
     return small_ && !dx_.streamed() ? most(1, least(p_.batch, most_terms / terms())) : 1;
   }
   int64_t together() const { return together_; }
-  int64_t steps_ahead() const { return 1; }
 
   // `next`: how many planes further the next step's first one lies, zero if there is none.
   void run(const S* x, S* grad_x, const S* grad_y, const S* weight, T* sums, bool want_bias, int64_t count,

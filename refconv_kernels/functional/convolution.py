@@ -52,13 +52,13 @@ def conv2d(
     """
     try:
         problem: Any = (
-            *("conv2d", stride, padding, dilation, groups, padding_mode),
+            f"conv2d {stride!r} {padding!r} {dilation!r} {groups!r} {padding_mode!r}",  # 1.0 is not 1
             *(input.shape, input.stride(), input.dtype, input.device),
             *(weight.shape, weight.stride(), weight.dtype, weight.device),
             None if bias is None else (bias.shape, bias.dtype, bias.device),
         )
         known = recall(problem) if autocast_dtype(input.device.type) is None else None
-    except (AttributeError, TypeError):  # no tensors, lists, symbolic sizes
+    except (AttributeError, TypeError):  # no tensors, symbolic sizes
         problem = known = None
     if known is not None:
         return apply(GroupedConv2d, input, weight, bias, *known)
