@@ -314,27 +314,26 @@ class RefConv2d(nn.Module):
         with torch.enable_grad():  # its place in the graph too: between the convolutions of a forward it costs more
             known = apply(KnownWeight, basis, refocus, weight, backend)
         kept = KeptWeight.of(known, (basis, refocus)) if known.requires_grad else None  # type: ignore[arg-type]
-        self._ahead = None if kept is None else (kept, backend)
+        vars(self)["_ahead"] = None if kept is None else (kept, backend)  # a tenth of what nn.Module takes for it
 
     def takes_ahead(self) -> bool:
         """Whether ``W_t`` may come from elsewhere: the full form, a frozen basis, and no hook on the transformation."""
-        hooked = any(map(vars(self.transform).get, _HOOKS))
-        return self.form == "full" and not hooked and not self.basis_weight.requires_grad
+        return _takes_ahead(self.transform, self.basis_weight)
 
     def _weight_ahead(self) -> Tensor | None:
         """``W_t`` as an optimizer left it; None where it must be computed."""
         if torch.compiler.is_compiling() or self._ahead is None:  # the compiler must not depend on what changes
             return None
-        basis, (kept, backend) = self.basis_weight, self._ahead
-        refocus: Any = self.transform.weight
+        transform, basis, (kept, backend) = self.transform, self.basis_weight, self._ahead
+        if not _takes_ahead(transform, basis):  # by now it may be a module without a weight
+            return None
+        refocus: Any = transform.weight
         if not kept.is_of((basis, refocus)):
             self._ahead = None
             return None
         if not torch.is_grad_enabled() or not refocus.requires_grad or torch._C._are_functorch_transforms_active():
             return None
-        if not self.takes_ahead() or not still_chosen(backend):
-            return None
-        return kept.weight
+        return kept.weight if still_chosen(backend) else None
 
     # --- state --------------------------------------------------------------------------------------------
 
@@ -394,6 +393,11 @@ class RefConv2d(nn.Module):
                 text += f", {name}={getattr(self, name)!r}"
         text += "" if self.bias is not None else ", bias=False"
         return text + (", basis='trainable'" if self.basis_weight.requires_grad else "")
+
+
+def _takes_ahead(transform: nn.Module, basis: Tensor) -> bool:
+    hooked = any(map(vars(transform).get, _HOOKS))
+    return _FORM_OF.get(type(transform)) == "full" and not hooked and not basis.requires_grad
 
 
 def like(source: nn.Module, target: Any) -> Any:

@@ -61,6 +61,17 @@ def test_w_r_that_was_frozen_during_a_step_is_trained_afterwards() -> None:
     assert weight.grad.abs().sum() > 0
 
 
+def test_the_transformation_may_be_replaced_by_one_without_a_weight() -> None:
+    layer, optimizer = stepped()
+    layer(images(1)).sum().backward()
+    weight, before = layer.transform.weight, layer.transform.weight.detach().clone()
+    layer.transform = nn.Identity()
+    optimizer.step()  # with the gradient that there is
+    assert not torch.equal(weight, before)
+    expected = nn.functional.conv2d(images(2), layer.basis_weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(images(2)), expected)
+
+
 @pytest.mark.parametrize("how", ["in place", "load", "data", "assigned data", "dtype", "basis", "transform"])
 def test_w_t_is_computed_anew_when_something_changes(how: str) -> None:
     model = network()

@@ -97,11 +97,12 @@ class FusedSGD(SGD):
 
     def _fused_step(self, refocus: Tensor, numbers: tuple[Any, ...]) -> bool:
         """The step on a layer's ``W_r``, if its gradient was left to this optimizer."""
-        layer, gradient = self._layers.get(refocus), refocus.grad
-        if layer is None or not isinstance(gradient, DeferredGradient) or layer.transform.weight is not refocus:
+        gradient = refocus.grad
+        layer = self._layers.get(refocus) if isinstance(gradient, DeferredGradient) else None
+        if layer is None or getattr(transform := layer.transform, "weight", None) is not refocus:
             return False
-        basis, identity = layer.basis_weight, layer.transform.identity
-        backend, transformed = gradient.hand_over(basis)
+        basis = layer.basis_weight
+        backend, transformed = gradient.hand_over(basis)  # type: ignore[union-attr]
         if transformed is None:
             return False
         _, momentum, *_ = numbers
@@ -110,9 +111,9 @@ class FusedSGD(SGD):
         if buffer is None:
             buffer = torch.empty_like(refocus) if momentum != 0 else refocus.new_empty(0)
         run = KERNELS["fused_sgd"][backend].forward
-        run(basis, transformed, refocus, buffer, identity, *numbers, first)
+        run(basis, transformed, refocus, buffer, transform.identity, *numbers, first)
         increment_version((refocus, buffer))
-        if momentum != 0:
+        if first and momentum != 0:
             self.state[refocus]["momentum_buffer"] = buffer
         refocus.grad = None
         layer.keep_ahead(transformed, backend)  # what was dW_t
@@ -132,7 +133,8 @@ class FusedSGD(SGD):
                     self.state[p]["momentum_buffer"] = buffer
 
     def _momentum(self, p: Tensor) -> Tensor | None:
-        return self.state[p].get("momentum_buffer") if p in self.state else None
+        state = self.state.get(p)  # not [p], which would begin one
+        return None if state is None else state.get("momentum_buffer")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layers": self._layers}
