@@ -324,14 +324,13 @@ class RefConv2d(nn.Module):
         """``W_t`` as an optimizer left it; None where it must be computed."""
         if torch.compiler.is_compiling() or self._ahead is None:  # the compiler must not depend on what changes
             return None
-        transform, basis, (kept, backend) = self.transform, self.basis_weight, self._ahead
-        if not _takes_ahead(transform, basis):  # by now it may be a module without a weight
-            return None
-        refocus: Any = transform.weight
-        if not kept.is_of((basis, refocus)):
+        transform: Any = self.transform  # by now it may be one without a weight
+        basis, (kept, backend) = self.basis_weight, self._ahead
+        if not _takes_ahead(transform, basis) or not kept.is_of((basis, transform.weight)):
             self._ahead = None
             return None
-        if not torch.is_grad_enabled() or not refocus.requires_grad or torch._C._are_functorch_transforms_active():
+        requires_grad = torch.is_grad_enabled() and transform.weight.requires_grad
+        if not requires_grad or torch._C._are_functorch_transforms_active():
             return None
         return kept.weight if still_chosen(backend) else None
 

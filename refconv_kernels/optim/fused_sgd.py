@@ -98,11 +98,12 @@ class FusedSGD(SGD):
     def _fused_step(self, refocus: Tensor, numbers: tuple[Any, ...]) -> bool:
         """The step on a layer's ``W_r``, if its gradient was left to this optimizer."""
         gradient = refocus.grad
-        layer = self._layers.get(refocus) if isinstance(gradient, DeferredGradient) else None
-        if layer is None or getattr(transform := layer.transform, "weight", None) is not refocus:
+        if not isinstance(gradient, DeferredGradient) or (layer := self._layers.get(refocus)) is None:
             return False
-        basis = layer.basis_weight
-        backend, transformed = gradient.hand_over(basis)  # type: ignore[union-attr]
+        basis, transform = layer.basis_weight, layer.transform
+        if getattr(transform, "weight", None) is not refocus:  # by now it may be one without a weight
+            return False
+        backend, transformed = gradient.hand_over(basis)
         if transformed is None:
             return False
         _, momentum, *_ = numbers
