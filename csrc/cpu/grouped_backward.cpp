@@ -116,7 +116,7 @@ void backward_3x3(const GroupedProblem& p, const S* grad_y, const S* x, const S*
 template <typename S>
 void grouped_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
                       S* grad_bias, int64_t begin, int64_t end) {
-  if (kVectorRegisters == 32 && has_planes_3x3(p)) {
+  if (has_planes_3x3(p)) {
     const auto run = p.stride_h == 1 ? backward_3x3<S, 1> : backward_3x3<S, 2>;
     return run(p, grad_y, x, weight, grad_x, grad_weight, grad_bias, begin, end);
   }

@@ -1,13 +1,17 @@
-// 3x3 depthwise convolutions of NCHW planes by plane_3x3.h and plane_3x3_by_2.h: which plane is written where, and what
-// is fetched meanwhile.
+// 3x3 depthwise convolutions of NCHW planes by plane_3x3.h and plane_3x3_by_2.h, or with 16 vector registers by
+// plane_3x3_rows.h and plane_3x3_rows_by_2.h: which plane is written where, and what is fetched meanwhile.
 #pragma once
 
 #include "plane_3x3_by_2.h"
+#include "plane_3x3_rows_by_2.h"
 #include "scratch.h"
 #include "streaming.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
+
+// Whether there are too few registers for the rows in progress beside weights and sums.
+constexpr bool kByRows = kVectorRegisters < 32;
 
 // How many planes are gone through at once.
 template <typename S>
@@ -76,7 +80,7 @@ inline void for_columns(const GroupedProblem& p, [[maybe_unused]] int64_t count,
     if (count == 2) return run(Twins{p.out_w, p.in_size(), p.out_size()}, 0);
   }
 #endif
-  for_columns<Compute<S>, kVectorRegisters == 32 ? MOST : 1>(p.out_w, run);
+  for_columns<Compute<S>, MOST>(p.out_w, run);
 }
 
 // The taps of some planes, in the type that is computed with.
@@ -107,13 +111,20 @@ void correlate_planes(const GroupedProblem& p, const S* x, const S* weight, cons
   const Taps<S> taps(weight + channel * 9, count);
   Compute<S> start[2] = {};
   for (int64_t n = 0; n < count && bias != nullptr; ++n) start[n] = load_one(bias + channel + n);
-  for_columns<S, STRIDE == 1 ? 7 : 4>(p, count, [&](auto columns, int64_t j) {
-    if constexpr (STRIDE == 1) {
-      correlate_columns(p, taps.data(), start, x + j, y + j, columns, around, images);
-    } else {
-      correlate_columns_by_2(p, taps.data(), start, x + 2 * j, p.in_w - 2 * j, y + j, columns, around, images);
-    }
-  });
+  if (kByRows && p.out_w > kLanes<Compute<S>>) {
+    const auto run = STRIDE == 1 ? correlate_planes_by_rows<S> : correlate_planes_by_rows_by_2<S>;
+    run(p, taps.data(), *start, x, y, images);
+  } else {
+    for_columns<S, kByRows       ? 1
+                   : STRIDE == 1 ? 7
+                                 : 4>(p, count, [&](auto columns, int64_t j) {
+      if constexpr (STRIDE == 1) {
+        correlate_columns(p, taps.data(), start, x + j, y + j, columns, around, images);
+      } else {
+        correlate_columns_by_2(p, taps.data(), start, x + 2 * j, p.in_w - 2 * j, y + j, columns, around, images);
+      }
+    });
+  }
 }
 
 // The same tasks in another order, channel after channel, each in all images: what is computed is the same share of the
@@ -185,15 +196,22 @@ class Backward3x3 {
     Images all{1, 0, 0, 0, {kAhead, kAhead, kAhead}, {}, 1};
     if (small_) all = small_images<S>(p_, together_, images, next);
     if (!wanted_) all.dx_step = 0;
-    for_columns<S, 4>(p_, count, [&](auto columns, int64_t j) {
-      if constexpr (STRIDE == 1) {
-        meet_columns(p_, taps.data(), grad_y + j, x + j, dx + j, sums, columns, dx_.around(), all);
-      } else {
-        meet_columns_by_2(p_, taps.data(), grad_y + j, x + 2 * j, p_.in_w - 2 * j, dx + 2 * j, sums, columns,
-                          dx_.around(), all);
-      }
-      if (want_bias) add_columns(grad_y + j, sums + 9 * kLanes<T>, columns, all);
-    });
+    T* bias_sums = sums + 9 * kLanes<T>;
+    if (kByRows && p_.out_w > kLanes<T>) {
+      const auto meet = STRIDE == 1 ? meet_planes_by_rows<S> : meet_planes_by_rows_by_2<S>;
+      meet(p_, taps.data(), grad_y, x, dx, sums, all);
+      if (want_bias) add_planes(grad_y, bias_sums, all);
+    } else {
+      for_columns<S, kByRows ? 1 : 4>(p_, count, [&](auto columns, int64_t j) {
+        if constexpr (STRIDE == 1) {
+          meet_columns(p_, taps.data(), grad_y + j, x + j, dx + j, sums, columns, dx_.around(), all);
+        } else {
+          meet_columns_by_2(p_, taps.data(), grad_y + j, x + 2 * j, p_.in_w - 2 * j, dx + 2 * j, sums, columns,
+                            dx_.around(), all);
+        }
+        if (want_bias) add_columns(grad_y + j, bias_sums, columns, all);
+      });
+    }
     dx_.finish(grad_x, count * p_.in_size());
   }
 
@@ -207,6 +225,15 @@ class Backward3x3 {
 #pragma GCC unroll 4
         for (int j = 0; j < C::kVectors; ++j) sum += columns.load_row(dy, j);
       }
+    }
+    store(total, sum);
+  }
+
+  void add_planes(const S* first_dy, T* total, const Images& images) const {
+    Vec<T> sum = load(total);
+    for (int64_t image = 0; image < images.count; ++image) {
+      const S* dy = first_dy + image * images.y_step;
+      for (int64_t i = 0; i < p_.out_size(); i += kLanes<T>) sum += load_lanes(dy + i, p_.out_size() - i);
     }
     store(total, sum);
   }

@@ -1,0 +1,158 @@
+// The same as plane_3x3.h where 16 vector registers cannot hold a row in progress: some rows of the output at once,
+// more than a vector wide, vector by vector. Forward four rows share what they load of x. Backward the sums of dW take
+// nine registers and the weights come from the first cache; two rows of dx and their pixels of x fit beside them, and
+// each dy serves up to four products.
+#pragma once
+
+#include "plane_3x3.h"
+
+namespace refconv::cpu::REFCONV_ISA {
+namespace {
+
+// Where in a row a vector lies. The last one ends with the row, and may overlap the one before.
+enum class Place { kFirst, kInside, kLast };
+template <Place PLACE>
+using At = std::integral_constant<Place, PLACE>;
+
+// Calls run(place, offset) for the vectors of a row, at least two.
+template <typename T, typename Run>
+REFCONV_INLINE void for_vectors(int64_t width, const Run& run) {
+  constexpr int64_t kLane = kLanes<T>;
+  run(At<Place::kFirst>{}, 0);
+  int64_t j = kLane;
+  for (; j < width - kLane; j += kLane) run(At<Place::kInside>{}, j);
+  run(At<Place::kLast>{}, width - kLane);
+}
+
+// A vector of a row, and the pixels left of it and right of it; zero outside the plane.
+template <typename S, Place PLACE>
+REFCONV_INLINE void load_neighbours(const S* from, Vec<Compute<S>>* v) {
+  using T = Compute<S>;
+  v[1] = in_register(load(from));
+  v[0] = in_register(PLACE == Place::kFirst ? lane_up<T>(v[1], Vec<T>{}) : load(from - 1));
+  v[2] = in_register(PLACE == Place::kLast ? lane_down<T>(v[1], Vec<T>{}) : load(from + 1));
+}
+
+// The planes of one channel in some images.
+template <typename S>
+REFCONV_APART void correlate_planes_by_rows(const GroupedProblem& p, const Compute<S>* taps, Compute<S> bias,
+                                            const S* first_x, S* first_y, const Images& images) {
+  using T = Compute<S>;
+  constexpr int kRows = 4;
+  const int64_t width = p.in_w;
+  Vec<T> w[9];
+#pragma GCC unroll 9
+  for (int t = 0; t < 9; ++t) w[t] = broadcast(taps[t]);
+  for (int64_t image = 0; image < images.count; ++image) {
+    const S* x = first_x + image * images.x_step;
+    S* y = first_y + image * images.y_step;
+    const Ahead ahead = images.ahead_of(image);
+    // Some rows of y, and whether x has rows above and below them.
+    const auto correlate_rows = [&](auto rows, bool above, bool below) __attribute__((always_inline)) {
+      constexpr int kAtOnce = decltype(rows)::value;
+      for_vectors<T>(width, [&](auto place, int64_t j) __attribute__((always_inline)) {
+        Vec<T> sum[kAtOnce];
+#pragma GCC unroll 4
+        for (int n = 0; n < kAtOnce; ++n) sum[n] = broadcast(bias);
+        const auto meet = [&](int row) __attribute__((always_inline)) {
+          Vec<T> v[3];
+          load_neighbours<S, place()>(x + row * width + j, v);
+#pragma GCC unroll 4
+          for (int n = 0; n < kAtOnce; ++n) {
+            if (row < n - 1 || row > n + 1) continue;
+#pragma GCC unroll 3
+            for (int b = 0; b < 3; ++b) sum[n] += w[(row - n + 1) * 3 + b] * v[b];
+          }
+        };
+        if (above) meet(-1);
+#pragma GCC unroll 4
+        for (int row = 0; row < kAtOnce; ++row) meet(row);
+        if (below) meet(kAtOnce);
+#pragma GCC unroll 4
+        for (int n = 0; n < kAtOnce; ++n) {
+          S* to = y + n * width + j;
+          store(to, sum[n]);
+          __builtin_prefetch(x + n * width + j + ahead.x);
+          __builtin_prefetch(to + ahead.y);
+        }
+      });
+    };
+    int64_t i = 0;
+    for (; i + kRows <= p.in_h; i += kRows, x += kRows * width, y += kRows * width) {
+      correlate_rows(std::integral_constant<int, kRows>{}, i > 0, i + kRows < p.in_h);
+    }
+    if (p.in_h - i == 3) correlate_rows(std::integral_constant<int, 3>{}, i > 0, false);
+    if (p.in_h - i == 2) correlate_rows(std::integral_constant<int, 2>{}, i > 0, false);
+    if (p.in_h - i == 1) correlate_rows(std::integral_constant<int, 1>{}, i > 0, false);
+  }
+}
+
+// dx of the planes of one channel in some images, and what they add to the sums of dW, total [9][lanes].
+template <typename S>
+REFCONV_APART void meet_planes_by_rows(const GroupedProblem& p, const Compute<S>* taps, const S* first_dy,
+                                       const S* first_x, S* first_dx, Compute<S>* total, const Images& images) {
+  using T = Compute<S>;
+  constexpr int64_t kLane = kLanes<T>;
+  constexpr int kRows = 2;
+  const int64_t width = p.in_w;
+  Vec<T> w[9], sum[9], lane;
+  for (int64_t l = 0; l < kLane; ++l) lane[l] = static_cast<T>(l);
+#pragma GCC unroll 9
+  for (int t = 0; t < 9; ++t) w[t] = broadcast(taps[t]), sum[t] = Vec<T>{};
+  // The lanes of a row's last vector that the one before does not have.
+  const auto fresh = lane >= broadcast(static_cast<T>((kLane - width % kLane) % kLane));
+  for (int64_t image = 0; image < images.count; ++image) {
+    const S *dy = first_dy + image * images.y_step, *x = first_x + image * images.x_step;
+    S* dx = first_dx + image * images.dx_step;
+    const Ahead ahead = images.ahead_of(image);
+    // Some rows of dx, and whether dy has rows above and below them.
+    const auto meet_rows = [&](auto rows, bool above, bool below) __attribute__((always_inline)) {
+      constexpr int kAtOnce = decltype(rows)::value;
+      for_vectors<T>(width, [&](auto place, int64_t j) __attribute__((always_inline)) {
+        Vec<T> pixel[kAtOnce], to[kAtOnce];
+#pragma GCC unroll 2
+        for (int n = 0; n < kAtOnce; ++n) {
+          const S* from = x + n * width + j;
+          pixel[n] = load(from);
+          if constexpr (place() == Place::kLast) pixel[n] = fresh ? pixel[n] : Vec<T>{};
+          pixel[n] = in_register(pixel[n]), to[n] = Vec<T>{};
+        }
+        const auto meet = [&](int row) __attribute__((always_inline)) {
+          Vec<T> v[3];
+          load_neighbours<S, place()>(dy + row * width + j, v);
+#pragma GCC unroll 2
+          for (int n = 0; n < kAtOnce; ++n) {
+            if (row < n - 1 || row > n + 1) continue;
+#pragma GCC unroll 3
+            for (int b = 0; b < 3; ++b) {
+              const int tap = (n - row + 1) * 3 + 2 - b;
+              to[n] += w[tap] * v[b], sum[tap] += pixel[n] * v[b];
+            }
+          }
+        };
+        if (above) meet(-1);
+#pragma GCC unroll 2
+        for (int row = 0; row < kAtOnce; ++row) meet(row);
+        if (below) meet(kAtOnce);
+#pragma GCC unroll 2
+        for (int n = 0; n < kAtOnce; ++n) {
+          S* target = dx + n * width + j;
+          store(target, to[n]);
+          __builtin_prefetch(x + n * width + j + ahead.x);
+          __builtin_prefetch(dy + n * width + j + ahead.y);
+          __builtin_prefetch(target + ahead.dx);
+        }
+      });
+    };
+    int64_t i = 0;
+    for (; i + kRows <= p.in_h; i += kRows, dy += kRows * width, x += kRows * width, dx += kRows * width) {
+      meet_rows(std::integral_constant<int, kRows>{}, i > 0, i + kRows < p.in_h);
+    }
+    if (i < p.in_h) meet_rows(std::integral_constant<int, 1>{}, i > 0, false);
+  }
+#pragma GCC unroll 9
+  for (int t = 0; t < 9; ++t) store(total + t * kLane, load(total + t * kLane) + sum[t]);
+}
+
+}  // namespace
+}  // namespace refconv::cpu::REFCONV_ISA
