@@ -24,6 +24,14 @@ REFCONV_INLINE void for_vectors(int64_t width, const Run& run) {
   run(At<Place::kLast>{}, width - kLane);
 }
 
+// Whether a line of what comes next is fetched at this vector of a row: at one of those that share a line.
+template <typename S, Place PLACE>
+REFCONV_INLINE bool fetches_line(int64_t width, int64_t j) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+  if (PLACE == Place::kLast) return (width - 1) / kLine * kLine >= j;
+  return PLACE == Place::kFirst || j % kLine == 0;
+}
+
 // A vector of a row, and the pixels left of it and right of it; zero outside the plane.
 template <typename S, Place PLACE>
 REFCONV_INLINE void load_neighbours(const S* from, Vec<Compute<S>>* v) {
@@ -70,10 +78,14 @@ REFCONV_APART void correlate_planes_by_rows(const GroupedProblem& p, const Compu
         if (below) meet(kAtOnce);
 #pragma GCC unroll 4
         for (int n = 0; n < kAtOnce; ++n) {
-          S* to = y + n * width + j;
-          store(to, sum[n]);
-          __builtin_prefetch(x + n * width + j + ahead.x);
-          __builtin_prefetch(to + ahead.y);
+          store(y + n * width + j, sum[n]);
+        }
+        if (fetches_line<S, place()>(width, j)) {
+#pragma GCC unroll 4
+          for (int n = 0; n < kAtOnce; ++n) {
+            __builtin_prefetch(x + n * width + j + ahead.x);
+            __builtin_prefetch(y + n * width + j + ahead.y);
+          }
         }
       });
     };
@@ -136,11 +148,16 @@ REFCONV_APART void meet_planes_by_rows(const GroupedProblem& p, const Compute<S>
         if (below) meet(kAtOnce);
 #pragma GCC unroll 2
         for (int n = 0; n < kAtOnce; ++n) {
-          S* target = dx + n * width + j;
-          store(target, to[n]);
-          __builtin_prefetch(x + n * width + j + ahead.x);
-          __builtin_prefetch(dy + n * width + j + ahead.y);
-          __builtin_prefetch(target + ahead.dx);
+          store(dx + n * width + j, to[n]);
+        }
+        if (fetches_line<S, place()>(width, j)) {
+#pragma GCC unroll 2
+          for (int n = 0; n < kAtOnce; ++n) {
+            const int64_t at = n * width + j;
+            __builtin_prefetch(x + at + ahead.x);
+            __builtin_prefetch(dy + at + ahead.y);
+            __builtin_prefetch(dx + at + ahead.dx);
+          }
         }
       });
     };

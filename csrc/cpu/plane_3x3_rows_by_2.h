@@ -98,15 +98,14 @@ REFCONV_APART void correlate_planes_by_rows_by_2(const GroupedProblem& p, const 
         if (below) meet(2 * kAtOnce - 1);
 #pragma GCC unroll 2
         for (int n = 0; n < kAtOnce; ++n) {
-          S* to = y + n * out_w + j;
-          store(to, from_block_order<T>(sum[n]));
-          __builtin_prefetch(to + ahead.y);
+          store(y + n * out_w + j, from_block_order<T>(sum[n]));
+        }
+        if (fetches_line<S, place()>(out_w, j)) {
+#pragma GCC unroll 2
+          for (int n = 0; n < kAtOnce; ++n) __builtin_prefetch(y + n * out_w + j + ahead.y);
         }
 #pragma GCC unroll 4
-        for (int row = 0; row < 2 * kAtOnce; ++row) {
-          const S* next = x + row * in_w + 2 * j + ahead.x;
-          __builtin_prefetch(next), __builtin_prefetch(next + kLane);
-        }
+        for (int row = 0; row < 2 * kAtOnce; ++row) __builtin_prefetch(x + row * in_w + 2 * j + ahead.x);
       });
     };
     int64_t i = 0;
@@ -174,12 +173,11 @@ REFCONV_APART void meet_planes_by_rows_by_2(const GroupedProblem& p, const Compu
             meet_pixels(w, sum, pixels.even, pixels.odd, of_next[0], of_next[1], even, odd);
           }
           store_merged<S, place()>(dx + at, even, odd, left);
-          __builtin_prefetch(x + at + ahead.x), __builtin_prefetch(x + at + ahead.x + kLane);
-          __builtin_prefetch(dx + at + ahead.dx), __builtin_prefetch(dx + at + ahead.dx + kLane);
+          __builtin_prefetch(x + at + ahead.x), __builtin_prefetch(dx + at + ahead.dx);
         };
         meet(0, kNo);
         if (both) meet(1, below);
-        __builtin_prefetch(dy + j + ahead.y);
+        if (fetches_line<S, place()>(out_w, j)) __builtin_prefetch(dy + j + ahead.y);
       });
     }
   }
