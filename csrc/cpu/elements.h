@@ -61,6 +61,17 @@ inline Vec16 load_partial_16(const void* from, int64_t count) {
   return (Vec16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_lanes(count)), from);
 #elif defined(__AVX512VL__)
   return (Vec16)_mm_maskz_loadu_epi16(static_cast<__mmask8>(first_lanes(count)), from);
+#elif defined(__AVX2__)
+  const auto* at = static_cast<const uint16_t*>(from);
+  __m128i v = _mm_setzero_si128();  // the last element first, then two, then four, pushed up by what is before them
+  if (count & 1) v = _mm_cvtsi32_si128(at[count - 1]);
+  if (count & 2) {
+    int32_t two;
+    __builtin_memcpy(&two, at + (count & 4), sizeof(two));
+    v = _mm_or_si128(_mm_slli_si128(v, 4), _mm_cvtsi32_si128(two));
+  }
+  if (count & 4) v = _mm_or_si128(_mm_slli_si128(v, 8), _mm_loadl_epi64(static_cast<const __m128i*>(from)));
+  return (Vec16)v;
 #else
   Vec16 v = {};
   for (int64_t i = 0; i < kLanes<float> - 1; ++i) {
@@ -75,6 +86,19 @@ inline void store_partial_16(void* to, Vec16 v, int64_t count) {
   _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(first_lanes(count)), (__m256i)v);
 #elif defined(__AVX512VL__)
   _mm_mask_storeu_epi16(to, static_cast<__mmask8>(first_lanes(count)), (__m128i)v);
+#elif defined(__AVX2__)
+  auto* at = static_cast<uint16_t*>(to);
+  __m128i left = (__m128i)v;
+  if (count & 4) {
+    _mm_storel_epi64(static_cast<__m128i*>(to), left);
+    left = _mm_srli_si128(left, 8), at += 4;
+  }
+  if (count & 2) {
+    const int32_t two = _mm_cvtsi128_si32(left);
+    __builtin_memcpy(at, &two, sizeof(two));
+    left = _mm_srli_si128(left, 4), at += 2;
+  }
+  if (count & 1) *at = static_cast<uint16_t>(_mm_cvtsi128_si32(left));
 #else
   for (int64_t i = 0; i < kLanes<float> - 1; ++i) {
     if (i < count) static_cast<uint16_t*>(to)[i] = v[i];

@@ -166,8 +166,32 @@ inline Vec<float> load_partial<float>(const float* from, int64_t count) {
   return (Vec<float>)_mm256_maskload_ps(from, first_lanes_32(count));
 }
 template <>
+inline Vec<double> load_partial<double>(const double* from, int64_t count) {
+  const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+  return (Vec<double>)_mm256_maskload_pd(from, _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lane));
+}
+// By halves of what is left: AMD's processors take some twenty cycles for a masked store.
+template <>
 inline void store_partial<float>(float* to, Vec<float> v, int64_t count) {
-  _mm256_maskstore_ps(to, first_lanes_32(count), (__m256)v);
+  __m128 part = _mm256_castps256_ps128((__m256)v);
+  if (count & 4) {
+    _mm_storeu_ps(to, part);
+    part = _mm256_extractf128_ps((__m256)v, 1), to += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(to), part);
+    part = _mm_movehl_ps(part, part), to += 2;
+  }
+  if (count & 1) _mm_store_ss(to, part);
+}
+template <>
+inline void store_partial<double>(double* to, Vec<double> v, int64_t count) {
+  __m128d part = _mm256_castpd256_pd128((__m256d)v);
+  if (count & 2) {
+    _mm_storeu_pd(to, part);
+    part = _mm256_extractf128_pd((__m256d)v, 1), to += 2;
+  }
+  if (count & 1) _mm_store_sd(to, part);
 }
 #endif
 
