@@ -58,24 +58,24 @@ class WideSgd {
         length_(p.transformation.row_length()),
         u_(p.transformation),
         held_(kAtOnce * u_.block()),
-        grads_(kRowGroup * kWidest),
-        sums_(kRowGroup * kWidest) {}
+        grads_(kRowGroup * kTaps3x3),
+        sums_(kRowGroup * kTaps3x3) {}
 
   void run(const T* basis, T* transformed, T* refocus, T* momentum, int64_t begin, int64_t end) {
     for_each_group(p_.transformation, begin, end, [&](int64_t first, int64_t n, int64_t last) {
-      u_.fill(basis + first * kWidest);
+      u_.fill(basis + first * kTaps3x3);
       for (; n < last; n += kRowGroup) {
-        rows(least(kRowGroup, last - n), basis + n * kWidest, transformed + n * kWidest, refocus + n * length_,
+        rows(least(kRowGroup, last - n), basis + n * kTaps3x3, transformed + n * kTaps3x3, refocus + n * length_,
              momentum == nullptr ? nullptr : momentum + n * length_);
       }
     });
   }
 
  private:
-  static constexpr int kAtOnce = kRows<kWidest>;
+  static constexpr int kAtOnce = kRows<kColumns>;
 
   void rows(int64_t count, const T* basis, T* transformed, T* refocus, T* momentum) {
-    for (int64_t k = 0; k < count * kWidest; ++k) grads_[k] = transformed[k], sums_[k] = Vec<T>{};
+    for (int64_t k = 0; k < count * kTaps3x3; ++k) grads_[k] = transformed[k], sums_[k] = Vec<T>{};
     for (int64_t q = 0; q < length_; q += u_.block()) {
       const int64_t end = least(q + u_.block(), length_);
       for (int64_t r = 0, some; r < count; r += some) {
@@ -88,7 +88,7 @@ class WideSgd {
         (this->*run)(r, q, end, next, refocus, momentum);
       }
     }
-    for (int64_t k = 0; k < count * kWidest; ++k) {
+    for (int64_t k = 0; k < count * kTaps3x3; ++k) {
       const T start = p_.transformation.identity ? basis[k] : T(0);
       transformed[k] = static_cast<T>(static_cast<double>(start) + sum<T>(sums_[k]));
     }
@@ -97,8 +97,8 @@ class WideSgd {
   template <int ROWS>
   void some_rows(int64_t r, int64_t q, int64_t end, int64_t next, T* refocus, T* momentum) {
     const int64_t block = u_.block();
-    backward_rows_held<T, ROWS, kWidest>(p_.transformation, u_, grads_.data() + r * kWidest, held_.data(), block, q,
-                                         end, false);
+    const auto backward = kHoldsGradients ? backward_rows_held<T, ROWS, kTaps3x3> : backward_rows<T, ROWS>;
+    backward(p_.transformation, u_, grads_.data() + r * kTaps3x3, held_.data(), block, q, end, false);
     for (int64_t n = 0; n < ROWS; ++n) {
       const int64_t at = (r + n) * length_ + q;
       step<false>(p_, held_.data() + n * block, refocus + at, momentum == nullptr ? nullptr : momentum + at, end - q,
@@ -106,7 +106,8 @@ class WideSgd {
     }
     const int64_t first = r * length_;
     const T* fetched = (momentum != nullptr ? momentum : refocus) + first + q + next;
-    product<T, ROWS, kWidest>(refocus + first, length_, u_, q, end, fetched, sums_.data() + r * kWidest);
+    product<T, ROWS, ROWS == 1 ? kTaps3x3 : kColumns>(refocus + first, length_, u_, q, end, fetched,
+                                                      sums_.data() + r * kTaps3x3);
   }
 
   const FusedSgdProblem& p_;

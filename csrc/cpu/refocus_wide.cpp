@@ -13,8 +13,9 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-// `rows` kernels of one refocus group. `sums` has room for kRowGroup of them.
-template <typename S, int COLUMNS>
+// `rows` kernels of one refocus group. `sums` has room for kRowGroup of them. A row alone takes more columns at once,
+// where there are as many.
+template <typename S, int COLUMNS, int COLUMNS_OF_ONE = COLUMNS>
 void forward_rows(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const S* basis, const S* refocus,
                   S* transformed, int64_t rows, Vec<Compute<S>>* sums) {
   using T = Compute<S>;
@@ -31,7 +32,7 @@ void forward_rows(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const 
     }
     for (; r < rows; ++r) {
       const S* row = refocus + r * length;
-      product<S, 1, COLUMNS>(row, length, u, q, end, row + length + q, sums + r * columns);
+      product<S, 1, COLUMNS_OF_ONE>(row, length, u, q, end, row + length + q, sums + r * columns);
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -43,36 +44,6 @@ void forward_rows(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const 
   }
 }
 
-// The same for kernels of any size.
-template <typename S, int ROWS>
-void backward_rows(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const Compute<S>* grad, S* to,
-                   int64_t stride, int64_t q0, int64_t q1, bool around) {
-  using T = Compute<S>;
-  constexpr int64_t kLane = kLanes<T>;
-  constexpr int kVectors = 2;  // that share each gradient of W_t
-  const int64_t size = p.kernel_size(), columns = u.columns();
-  for (int64_t q = q0; q < q1; q += kVectors * kLane) {
-    const T* from = u.at(q);
-    const T* second = q + kLane < q1 ? from + columns * kLane : from;
-    Vec<T> sum[ROWS * kVectors] = {};
-    for (int64_t c = 0; c < size; ++c) {
-      const Vec<T> low = in_register(load(from + c * kLane)), high = in_register(load(second + c * kLane));
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-        const Vec<T> dwt = in_register(broadcast(grad[r * size + c]));
-        sum[r * kVectors] += dwt * low;
-        sum[r * kVectors + 1] += dwt * high;
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      S* row = to + r * stride + q - q0;
-      put(row, sum[r * kVectors], q1 - q, around);
-      if (q + kLane < q1) put(row + kLane, sum[r * kVectors + 1], q1 - q - kLane, around);
-    }
-  }
-}
-
 }  // namespace
 
 template <typename S>
@@ -80,8 +51,11 @@ void refocus_wide_forward(const RefocusProblem& p, const S* basis, const S* refo
                           int64_t end) {
   using T = Compute<S>;
   const int at_once = columns_at_once(p.kernel_size());
-  const auto run = at_once == 5 ? forward_rows<S, 5> : at_once == 7 ? forward_rows<S, 7> : forward_rows<S, kWidest>;
   const int64_t size = p.kernel_size(), length = p.row_length();
+  const auto run = at_once == 5             ? forward_rows<S, 5>
+                   : at_once == kColumns7x7 ? forward_rows<S, kColumns7x7>
+                   : size == kTaps3x3       ? forward_rows<S, kColumns, kTaps3x3>
+                                            : forward_rows<S, kColumns>;
   Unfolded<T> u(p);
   Scratch<T> group(p.group_size * size);
   Scratch<Vec<T>> sums(kRowGroup * u.columns());
@@ -98,13 +72,13 @@ template <typename S>
 void refocus_wide_backward(const RefocusProblem& p, const S* grad_transformed, const S* basis, S* grad_refocus,
                            int64_t begin, int64_t end) {
   using T = Compute<S>;
-  constexpr int kHeldRows = kRows<kWidest>;
+  constexpr int kHeldRows = kRows<kTaps3x3>;
   constexpr int kSharedRows = kVectorRegisters == 32 ? 8 : 4;
   const int64_t size = p.kernel_size(), length = p.row_length();
-  const bool held = size == kWidest;
+  const bool held = kHoldsGradients && size == kTaps3x3;
   const int64_t at_once = held ? kHeldRows : kSharedRows;
-  const auto run = held ? backward_rows_held<S, kHeldRows, kWidest> : backward_rows<S, kSharedRows>;
-  const auto run_one = held ? backward_rows_held<S, 1, kWidest> : backward_rows<S, 1>;
+  const auto run = held ? backward_rows_held<S, kHeldRows, kTaps3x3> : backward_rows<S, kSharedRows>;
+  const auto run_one = held ? backward_rows_held<S, 1, kTaps3x3> : backward_rows<S, 1>;
   Unfolded<T> u(p);
   Scratch<T> group(p.group_size * size), rows(p.group_size * size);
   const int64_t block = round_up(u.block(), 2 * kLanes<T>);

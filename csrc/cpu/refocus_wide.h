@@ -14,13 +14,17 @@ namespace {
 constexpr int64_t kBlockBytes = 16384;  // of U per pass: half the first cache
 constexpr int64_t kRowGroup = 24;       // rows of W_r that use a block of U before the next one
 
+constexpr int kTaps3x3 = 9;
+
 // Columns of U in registers at once, so that few are wasted: they are padded to a multiple of it.
-constexpr int kWidest = 9;
-inline int columns_at_once(int64_t kernel_size) { return kernel_size == 25 ? 5 : kernel_size == 49 ? 7 : kWidest; }
+constexpr int kColumns = kVectorRegisters == 32 ? 9 : 3, kColumns7x7 = kVectorRegisters == 32 ? 7 : 5;
+inline int columns_at_once(int64_t kernel_size) {
+  return kernel_size == 25 ? 5 : kernel_size == 49 ? kColumns7x7 : kColumns;
+}
 
 // Rows beside them: all sums, a vector per row and one of U.
 template <int COLUMNS>
-constexpr int kRows = (kVectorRegisters - 2) / (COLUMNS + 1) > 1 ? (kVectorRegisters - 2) / (COLUMNS + 1) : 1;
+constexpr int kRows = (kVectorRegisters - 1) / (COLUMNS + 1);
 
 // U of one refocus group, in vectors along the rows of W_r:
 // entry q, column c lies at [(q / lanes * columns + c) * lanes + q % lanes]; zero where nothing is defined.
@@ -121,6 +125,9 @@ inline void put(S* to, Vec<Compute<S>> v, int64_t count, bool around) {
   store_lanes(to, v, count);
 }
 
+// Whether there are registers enough for the gradients of W_t of some rows of 3x3 kernels.
+constexpr bool kHoldsGradients = kVectorRegisters == 32;
+
 // Entries [q0, q1) of ROWS rows of dW_r, the gradients of W_t held in registers: for kernels of COLUMNS taps. Row r
 // goes to `to` + r * stride.
 template <typename S, int ROWS, int COLUMNS>
@@ -142,6 +149,36 @@ void backward_rows_held(const RefocusProblem&, const Unfolded<Compute<S>>& u, co
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) put(to + r * stride + q - q0, sum[r], q1 - q, around);
+  }
+}
+
+// The same for kernels of any size.
+template <typename S, int ROWS>
+void backward_rows(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const Compute<S>* grad, S* to,
+                   int64_t stride, int64_t q0, int64_t q1, bool around) {
+  using T = Compute<S>;
+  constexpr int64_t kLane = kLanes<T>;
+  constexpr int kVectors = 2;  // that share each gradient of W_t
+  const int64_t size = p.kernel_size(), columns = u.columns();
+  for (int64_t q = q0; q < q1; q += kVectors * kLane) {
+    const T* from = u.at(q);
+    const T* second = q + kLane < q1 ? from + columns * kLane : from;
+    Vec<T> sum[ROWS * kVectors] = {};
+    for (int64_t c = 0; c < size; ++c) {
+      const Vec<T> low = in_register(load(from + c * kLane)), high = in_register(load(second + c * kLane));
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        const Vec<T> dwt = in_register(broadcast(grad[r * size + c]));
+        sum[r * kVectors] += dwt * low;
+        sum[r * kVectors + 1] += dwt * high;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      S* row = to + r * stride + q - q0;
+      put(row, sum[r * kVectors], q1 - q, around);
+      if (q + kLane < q1) put(row + kLane, sum[r * kVectors + 1], q1 - q - kLane, around);
+    }
   }
 }
 
