@@ -62,8 +62,10 @@ std::string name_of(const GroupedProblem& p, bool channels_last, int64_t element
   if (channels_last) return cpu::has_nhwc_3x3(p) ? "channels_last rows, 3x3" : "channels_last tiles";
   if (cpu::has_turned_planes(p)) return "small planes, channels in the lanes";
   if (!cpu::has_planes_3x3(p)) return p.per_group == 1 ? "padded planes" : "padded planes of a group";
-  const bool twins = cpu::has_twin_planes(p, element_bytes, set_of(p, false, element_bytes).vector_bytes);
-  return twins ? "3x3 planes, two to a vector" : "3x3 planes in columns";
+  const cpu::InstructionSet& set = set_of(p, false, element_bytes);
+  if (cpu::has_twin_planes(p, element_bytes, set.vector_bytes)) return "3x3 planes, two to a vector";
+  const bool by_rows = cpu::has_planes_by_rows(p, element_bytes, set.vector_bytes, set.kernels.vector_registers);
+  return by_rows ? "3x3 planes, some rows at once" : "3x3 planes in columns";
 }
 
 }  // namespace

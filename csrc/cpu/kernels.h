@@ -68,6 +68,7 @@ using FusedSgdKernel = void (*)(const FusedSgdProblem&, const T* basis, T* trans
                                 int64_t begin, int64_t end);
 
 struct Kernels {
+  int vector_registers;
   GroupedKernels<float> grouped_f32;
   GroupedKernels<double> grouped_f64;
   GroupedKernels<BFloat16> grouped_bf16;
@@ -132,6 +133,13 @@ template <> inline FusedSgdKernel<double> Kernels::fused_sgd() const { return fu
 // of 16 floats. (Smaller ones are filled by a row of more than 6 pixels.)
 [[maybe_unused]] static bool has_twin_planes(const GroupedProblem& p, int64_t element_bytes, int64_t vector_bytes) {
   return has_planes_3x3(p) && element_bytes <= 4 && vector_bytes == 64 && p.out_w <= 8 && p.in_w <= 16;
+}
+
+// Whether these planes, in rows of more than one of these vectors, are gone through some rows at once: with so few
+// registers.
+[[maybe_unused]] static bool has_planes_by_rows(const GroupedProblem& p, int64_t element_bytes, int64_t vector_bytes,
+                                                int vector_registers) {
+  return has_planes_3x3(p) && vector_registers == 16 && p.out_w * (element_bytes == 8 ? 8 : 4) > vector_bytes;
 }
 
 // Whether channels_last maps have the loops of nhwc_3x3.h.

@@ -10,8 +10,10 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-// Whether there are too few registers for the rows in progress beside weights and sums.
-constexpr bool kByRows = kVectorRegisters < 32;
+template <typename S>
+bool goes_by_rows(const GroupedProblem& p) {
+  return has_planes_by_rows(p, sizeof(S), REFCONV_VECTOR_BYTES, kVectorRegisters);
+}
 
 // How many planes are gone through at once.
 template <typename S>
@@ -80,7 +82,8 @@ inline void for_columns(const GroupedProblem& p, [[maybe_unused]] int64_t count,
     if (count == 2) return run(Twins{p.out_w, p.in_size(), p.out_size()}, 0);
   }
 #endif
-  for_columns<Compute<S>, MOST>(p.out_w, run);
+  // With 16 registers wider rows do not come here.
+  for_columns<Compute<S>, kVectorRegisters == 32 ? MOST : 1>(p.out_w, run);
 }
 
 // The taps of some planes, in the type that is computed with.
@@ -111,20 +114,17 @@ void correlate_planes(const GroupedProblem& p, const S* x, const S* weight, cons
   const Taps<S> taps(weight + channel * 9, count);
   Compute<S> start[2] = {};
   for (int64_t n = 0; n < count && bias != nullptr; ++n) start[n] = load_one(bias + channel + n);
-  if (kByRows && p.out_w > kLanes<Compute<S>>) {
-    const auto run = STRIDE == 1 ? correlate_planes_by_rows<S> : correlate_planes_by_rows_by_2<S>;
-    run(p, taps.data(), *start, x, y, images);
-  } else {
-    for_columns<S, kByRows       ? 1
-                   : STRIDE == 1 ? 7
-                                 : 4>(p, count, [&](auto columns, int64_t j) {
-      if constexpr (STRIDE == 1) {
-        correlate_columns(p, taps.data(), start, x + j, y + j, columns, around, images);
-      } else {
-        correlate_columns_by_2(p, taps.data(), start, x + 2 * j, p.in_w - 2 * j, y + j, columns, around, images);
-      }
-    });
+  if constexpr (kVectorRegisters == 16) {
+    const auto by_rows = STRIDE == 1 ? correlate_planes_by_rows<S> : correlate_planes_by_rows_by_2<S>;
+    if (goes_by_rows<S>(p)) return by_rows(p, taps.data(), *start, x, y, images);
   }
+  for_columns<S, STRIDE == 1 ? 7 : 4>(p, count, [&](auto columns, int64_t j) {
+    if constexpr (STRIDE == 1) {
+      correlate_columns(p, taps.data(), start, x + j, y + j, columns, around, images);
+    } else {
+      correlate_columns_by_2(p, taps.data(), start, x + 2 * j, p.in_w - 2 * j, y + j, columns, around, images);
+    }
+  });
 }
 
 // The same tasks in another order, channel after channel, each in all images: what is computed is the same share of the
@@ -196,26 +196,32 @@ class Backward3x3 {
     Images all{1, 0, 0, 0, {kAhead, kAhead, kAhead}, {}, 1};
     if (small_) all = small_images<S>(p_, together_, images, next);
     if (!wanted_) all.dx_step = 0;
-    T* bias_sums = sums + 9 * kLanes<T>;
-    if (kByRows && p_.out_w > kLanes<T>) {
-      const auto meet = STRIDE == 1 ? meet_planes_by_rows<S> : meet_planes_by_rows_by_2<S>;
-      meet(p_, taps.data(), grad_y, x, dx, sums, all);
-      if (want_bias) add_planes(grad_y, bias_sums, all);
-    } else {
-      for_columns<S, kByRows ? 1 : 4>(p_, count, [&](auto columns, int64_t j) {
-        if constexpr (STRIDE == 1) {
-          meet_columns(p_, taps.data(), grad_y + j, x + j, dx + j, sums, columns, dx_.around(), all);
-        } else {
-          meet_columns_by_2(p_, taps.data(), grad_y + j, x + 2 * j, p_.in_w - 2 * j, dx + 2 * j, sums, columns,
-                            dx_.around(), all);
-        }
-        if (want_bias) add_columns(grad_y + j, bias_sums, columns, all);
-      });
-    }
+    run_planes(taps.data(), grad_y, x, dx, sums, want_bias, count, all);
     dx_.finish(grad_x, count * p_.in_size());
   }
 
  private:
+  void run_planes(const T* taps, const S* dy, const S* x, S* dx, T* sums, bool want_bias, int64_t count,
+                  const Images& images) const {
+    T* bias_sums = sums + 9 * kLanes<T>;
+    if constexpr (kVectorRegisters == 16) {
+      const auto by_rows = STRIDE == 1 ? meet_planes_by_rows<S> : meet_planes_by_rows_by_2<S>;
+      if (goes_by_rows<S>(p_)) {
+        if (want_bias) add_planes(dy, bias_sums, images);
+        return by_rows(p_, taps, dy, x, dx, sums, images);
+      }
+    }
+    for_columns<S, 4>(p_, count, [&](auto columns, int64_t j) {
+      if constexpr (STRIDE == 1) {
+        meet_columns(p_, taps, dy + j, x + j, dx + j, sums, columns, dx_.around(), images);
+      } else {
+        meet_columns_by_2(p_, taps, dy + j, x + 2 * j, p_.in_w - 2 * j, dx + 2 * j, sums, columns, dx_.around(),
+                          images);
+      }
+      if (want_bias) add_columns(dy + j, bias_sums, columns, images);
+    });
+  }
+
   template <typename C>
   void add_columns(const S* first_dy, T* total, const C& columns, const Images& images) const {
     Vec<T> sum = load(total);

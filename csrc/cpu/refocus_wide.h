@@ -38,23 +38,8 @@ class Unfolded {
 
   // `basis` points at the group's first 2-D kernel.
   void fill(const T* basis) {
-    const int64_t k = p_.map_size, half = k / 2;
-    int64_t q = 0;
-    for (int64_t j = 0; j < p_.group_size; ++j) {
-      const T* kernel = basis + j * p_.kernel_size();
-      for (int64_t a = 0; a < k; ++a) {
-        for (int64_t b = 0; b < k; ++b, ++q) {
-          T* entry = data_.data() + q / kLanes<T> * columns_ * kLanes<T> + q % kLanes<T>;
-          const int64_t top = most(0, half - a), bottom = least(p_.kernel_h, p_.kernel_h + half - a);
-          const int64_t left = most(0, half - b), right = least(p_.kernel_w, p_.kernel_w + half - b);
-          for (int64_t h = top; h < bottom; ++h) {
-            for (int64_t w = left; w < right; ++w) {
-              entry[(h * p_.kernel_w + w) * kLanes<T>] = kernel[(h + a - half) * p_.kernel_w + w + b - half];
-            }
-          }
-        }
-      }
-    }
+    const bool is_3x3 = p_.map_size == 3 && p_.kernel_h == 3 && p_.kernel_w == 3;
+    is_3x3 ? fill<3>(basis, 3, 3, 3) : fill<0>(basis, p_.map_size, p_.kernel_h, p_.kernel_w);
   }
 
   // Entries from q on, a multiple of the lanes.
@@ -66,6 +51,32 @@ class Unfolded {
   }
 
  private:
+  // SIZE: that of maps and kernels where it is known, so that there are no loops.
+  template <int64_t SIZE>
+  REFCONV_INLINE void fill(const T* basis, int64_t map_size, int64_t kernel_h, int64_t kernel_w) {
+    const int64_t half = map_size / 2;
+    int64_t q = 0;
+    for (int64_t j = 0; j < p_.group_size; ++j) {
+      const T* kernel = basis + j * kernel_h * kernel_w;
+#pragma GCC unroll 3
+      for (int64_t a = 0; a < map_size; ++a) {
+#pragma GCC unroll 3
+        for (int64_t b = 0; b < map_size; ++b, ++q) {
+          T* entry = data_.data() + q / kLanes<T> * columns_ * kLanes<T> + q % kLanes<T>;
+          const int64_t top = most(0, half - a), bottom = least(kernel_h, kernel_h + half - a);
+          const int64_t left = most(0, half - b), right = least(kernel_w, kernel_w + half - b);
+#pragma GCC unroll 3
+          for (int64_t h = top; h < bottom; ++h) {
+#pragma GCC unroll 3
+            for (int64_t w = left; w < right; ++w) {
+              entry[(h * kernel_w + w) * kLanes<T>] = kernel[(h + a - half) * kernel_w + w + b - half];
+            }
+          }
+        }
+      }
+    }
+  }
+
   const RefocusProblem& p_;
   int64_t columns_;
   Scratch<T> data_;

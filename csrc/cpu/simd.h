@@ -170,7 +170,7 @@ inline Vec<double> load_partial<double>(const double* from, int64_t count) {
   const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
   return (Vec<double>)_mm256_maskload_pd(from, _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lane));
 }
-// By halves of what is left: AMD's processors take some twenty cycles for a masked store.
+// By halves of what is left: a masked store takes Zen 3 four times as long.
 template <>
 inline void store_partial<float>(float* to, Vec<float> v, int64_t count) {
   __m128 part = _mm256_castps256_ps128((__m256)v);

@@ -1,4 +1,5 @@
 #include "entry_points.h"
+#include "simd.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 
@@ -19,9 +20,9 @@ constexpr ThinKernels<S> kThin = {thin_forward<S>, thin_backward<S>};
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    kGrouped<float>,    kGrouped<double>,    kGrouped<BFloat16>, kGrouped<Half>,    kRefocus<float>, kRefocus<double>,
-    kRefocus<BFloat16>, kRefocus<Half>,      kThin<float>,       kThin<double>,     kThin<BFloat16>, kThin<Half>,
-    folded_adam<float>, folded_adam<double>, fused_sgd<float>,   fused_sgd<double>,
+    kVectorRegisters, kGrouped<float>,    kGrouped<double>,    kGrouped<BFloat16>, kGrouped<Half>,    kRefocus<float>,
+    kRefocus<double>, kRefocus<BFloat16>, kRefocus<Half>,      kThin<float>,       kThin<double>,     kThin<BFloat16>,
+    kThin<Half>,      folded_adam<float>, folded_adam<double>, fused_sgd<float>,   fused_sgd<double>,
 };
 
 }  // namespace refconv::cpu::REFCONV_ISA
