@@ -77,9 +77,7 @@ REFCONV_APART void correlate_planes_by_rows(const GroupedProblem& p, const Compu
         for (int row = 0; row < kAtOnce; ++row) meet(row);
         if (below) meet(kAtOnce);
 #pragma GCC unroll 4
-        for (int n = 0; n < kAtOnce; ++n) {
-          store(y + n * width + j, sum[n]);
-        }
+        for (int n = 0; n < kAtOnce; ++n) store(y + n * width + j, sum[n]);
         if (fetches_line<S, place()>(width, j)) {
 #pragma GCC unroll 4
           for (int n = 0; n < kAtOnce; ++n) {
@@ -147,9 +145,7 @@ REFCONV_APART void meet_planes_by_rows(const GroupedProblem& p, const Compute<S>
         for (int row = 0; row < kAtOnce; ++row) meet(row);
         if (below) meet(kAtOnce);
 #pragma GCC unroll 2
-        for (int n = 0; n < kAtOnce; ++n) {
-          store(dx + n * width + j, to[n]);
-        }
+        for (int n = 0; n < kAtOnce; ++n) store(dx + n * width + j, to[n]);
         if (fetches_line<S, place()>(width, j)) {
 #pragma GCC unroll 2
           for (int n = 0; n < kAtOnce; ++n) {

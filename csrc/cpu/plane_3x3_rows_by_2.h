@@ -25,22 +25,19 @@ struct MergedInBlocks {
     return i / kBlock * kBlock + SECOND * kBlock / 2 + i % kBlock / 2 + i % 2 * lanes;
   }
 };
-// From the order of memory to the other one, and back: it exchanges halves of blocks.
-template <typename T, bool BACK>
-struct BlockOrder {
+// From the order of memory to the other one, or back: of two blocks, the inner halves change places; one stays as it
+// is.
+template <typename T>
+struct ExchangedOrder {
   static constexpr int of(int i, int lanes) {
     constexpr int kBlock = 16 / sizeof(T), kHalf = kBlock / 2;
-    if (BACK) return i % (lanes / 2) / kHalf * kBlock + i / (lanes / 2) * kHalf + i % kHalf;
     return i / kBlock * kHalf + i % kHalf + (i % kBlock < kHalf ? 0 : lanes / 2);
   }
 };
 template <typename T>
-Vec<T> to_block_order(Vec<T> v) {
-  return permute<T, BlockOrder<T, false>>(v, v);
-}
-template <typename T>
-Vec<T> from_block_order(Vec<T> v) {
-  return permute<T, BlockOrder<T, true>>(v, v);
+Vec<T> exchange_order(Vec<T> v) {
+  static_assert(sizeof(v) <= 32);  // with more blocks the way back would be another one
+  return permute<T, ExchangedOrder<T>>(v, v);
 }
 
 // The vectors of a row of x that belong to one of y; `width` pixels follow.
@@ -80,7 +77,7 @@ REFCONV_APART void correlate_planes_by_rows_by_2(const GroupedProblem& p, const 
           const Pair<T> pair = load_sorted<S, place()>(from, in_w - 2 * j);
           Vec<T> left;  // the odd ones, one further left
           if constexpr (place() == Place::kFirst) {
-            left = to_block_order<T>(lane_up<T>(from_block_order<T>(pair.odd), Vec<T>{}));
+            left = exchange_order<T>(lane_up<T>(exchange_order<T>(pair.odd), Vec<T>{}));
           } else {
             left = permute<T, SecondInBlocks<T, 1>>(load(from - 2), load(from + kLane - 2));
           }
@@ -97,9 +94,7 @@ REFCONV_APART void correlate_planes_by_rows_by_2(const GroupedProblem& p, const 
         for (int row = 0; row < 2 * kAtOnce - 1; ++row) meet(row);
         if (below) meet(2 * kAtOnce - 1);
 #pragma GCC unroll 2
-        for (int n = 0; n < kAtOnce; ++n) {
-          store(y + n * out_w + j, from_block_order<T>(sum[n]));
-        }
+        for (int n = 0; n < kAtOnce; ++n) store(y + n * out_w + j, exchange_order<T>(sum[n]));
         if (fetches_line<S, place()>(out_w, j)) {
 #pragma GCC unroll 2
           for (int n = 0; n < kAtOnce; ++n) __builtin_prefetch(y + n * out_w + j + ahead.y);
@@ -138,7 +133,7 @@ REFCONV_APART void meet_planes_by_rows_by_2(const GroupedProblem& p, const Compu
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) w[t] = broadcast(taps[t]), sum[t] = Vec<T>{};
   // The lanes of a row's last vector that the one before does not have.
-  const auto fresh = to_block_order<T>(lane) >= broadcast(static_cast<T>((kLane - out_w % kLane) % kLane));
+  const auto fresh = exchange_order<T>(lane) >= broadcast(static_cast<T>((kLane - out_w % kLane) % kLane));
   for (int64_t image = 0; image < images.count; ++image) {
     const S *dy = first_dy + image * images.y_step, *x = first_x + image * images.x_step;
     S* dx = first_dx + image * images.dx_step;
@@ -151,7 +146,7 @@ REFCONV_APART void meet_planes_by_rows_by_2(const GroupedProblem& p, const Compu
         const auto load_dy = [&](const S* row, Vec<T>* v) __attribute__((always_inline)) {
           v[0] = load(row);
           v[1] = place() == Place::kLast ? lane_down<T>(v[0], Vec<T>{}) : load(row + 1);
-          v[0] = in_register(to_block_order<T>(v[0])), v[1] = in_register(to_block_order<T>(v[1]));
+          v[0] = in_register(exchange_order<T>(v[0])), v[1] = in_register(exchange_order<T>(v[1]));
         };
         const auto load_x = [&](const S* row) __attribute__((always_inline)) {
           Pair<T> pixels = load_sorted<S, place()>(row, left);

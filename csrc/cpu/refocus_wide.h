@@ -39,7 +39,7 @@ class Unfolded {
   // `basis` points at the group's first 2-D kernel.
   void fill(const T* basis) {
     const bool is_3x3 = p_.map_size == 3 && p_.kernel_h == 3 && p_.kernel_w == 3;
-    is_3x3 ? fill<3>(basis, 3, 3, 3) : fill<0>(basis, p_.map_size, p_.kernel_h, p_.kernel_w);
+    is_3x3 ? fill(basis, 3, 3, 3) : fill(basis, p_.map_size, p_.kernel_h, p_.kernel_w);
   }
 
   // Entries from q on, a multiple of the lanes.
@@ -51,8 +51,7 @@ class Unfolded {
   }
 
  private:
-  // SIZE: that of maps and kernels where it is known, so that there are no loops.
-  template <int64_t SIZE>
+  // Inlined, so that no loops are left where the sizes are constants.
   REFCONV_INLINE void fill(const T* basis, int64_t map_size, int64_t kernel_h, int64_t kernel_w) {
     const int64_t half = map_size / 2;
     int64_t q = 0;
