@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from refconv_kernels import FusedSGD, RefConv2d, full_to_thin, functional
 from refconv_kernels.autograd import DeferredGradient
 from refconv_kernels.backends import cpu
+from refconv_kernels.ops import KERNELS
 from tests.conftest import needs_native
 from tests.sgd_pairs import FUSED, assert_same, backward, both, deferred, images, network, stepped, train
 
@@ -231,6 +233,31 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_a_step_that_is_interrupted_leaves_every_layer_before_or_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    (_, _), (model, optimizer) = both(network(), momentum=0.9)
+    train(model, optimizer, 1)
+    optimizer.zero_grad()
+    backward(model, images(5))
+    first, second = model[0].transform.weight, model[2].transform.weight
+    before = second.detach().clone()
+    kernel = KERNELS["fused_sgd"]["cpu"]
+
+    def fails_at_the_second(basis: Tensor, *arguments: Any) -> None:
+        if basis is model[2].basis_weight:
+            raise KeyboardInterrupt
+        kernel.forward(basis, *arguments)
+
+    monkeypatch.setitem(KERNELS["fused_sgd"], "cpu", dataclasses.replace(kernel, forward=fails_at_the_second))
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert first.grad is None
+    torch.testing.assert_close(model[0]._weight_ahead(), model[0].weight)
+    assert torch.equal(second, before)
+    later = model[6].transform.weight.grad
+    assert isinstance(later, DeferredGradient)
+    assert later.read().isfinite().all()
 
 
 def test_which_layers_have_a_kernel() -> None:

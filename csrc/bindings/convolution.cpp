@@ -121,11 +121,13 @@ Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::opti
 
 namespace {
 
-// Parts of the sums over channels_last maps, of 128 pixels or more. As many for any number of threads: the sums must
-// not depend on it.
+// Parts of the sums over channels_last maps: of 192 pixels or more, and where there are more than 16 parts of 768 or
+// more, since their sums go through memory, too. As many for any number of threads: the sums must not depend on it.
 int64_t nhwc_chunks(const GroupedProblem& p) {
-  constexpr int64_t kMost = 64, kPixels = 192;
-  return std::clamp<int64_t>(p.batch * p.in_size() / kPixels, 1, std::clamp<int64_t>(p.batch * p.in_h, 1, kMost));
+  constexpr int64_t kMost = 64, kPixels = 192, kSmall = 16, kPixelsOfMany = 768;
+  const int64_t pixels = p.batch * p.in_size();
+  const int64_t wanted = std::max(std::min(pixels / kPixels, kSmall), pixels / kPixelsOfMany);
+  return std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(p.batch * p.in_h, 1, kMost));
 }
 
 // Parts of the batch in which small planes are turned, so that there are blocks of channels for many threads.

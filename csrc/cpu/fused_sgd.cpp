@@ -106,7 +106,7 @@ class WideSgd {
     }
     const int64_t first = r * length_;
     const T* fetched = (momentum != nullptr ? momentum : refocus) + first + q + next;
-    product<T, ROWS, ROWS == 1 ? kTaps3x3 : kColumns>(refocus + first, length_, u_, q, end, fetched,
+    product<T, ROWS, ROWS == 1 ? kTaps3x3 : kColumns>(refocus + first, length_, u_, q, end, 0, kTaps3x3, fetched,
                                                       sums_.data() + r * kTaps3x3);
   }
 

@@ -22,17 +22,22 @@ void forward_rows(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const 
   constexpr int ROWS = kRows<COLUMNS>;
   const int64_t length = p.row_length(), columns = u.columns();
   for (int64_t k = 0; k < rows * columns; ++k) sums[k] = Vec<T>{};
-  for (int64_t q = 0; q < length; q += u.block()) {
-    const int64_t end = least(q + u.block(), length);
-    int64_t r = 0;
-    for (; r + ROWS <= rows; r += ROWS) {
-      const S* row = refocus + r * length;
-      const S* next = r + 2 * ROWS <= rows ? row + ROWS * length + q : refocus + end;
-      product<S, ROWS, COLUMNS>(row, length, u, q, end, next, sums + r * columns);
-    }
-    for (; r < rows; ++r) {
-      const S* row = refocus + r * length;
-      product<S, 1, COLUMNS_OF_ONE>(row, length, u, q, end, row + length + q, sums + r * columns);
+  // Larger kernels: as many columns as are met at once meet all rows before the next ones, so that a part of them long
+  // enough for the loop stays in the first cache.
+  const int64_t together = p.kernel_size() > kTaps3x3 ? COLUMNS : columns, block = u.block(together);
+  for (int64_t q = 0; q < length; q += block) {
+    const int64_t end = least(q + block, length);
+    for (int64_t c = 0; c < columns; c += together) {
+      int64_t r = 0;
+      for (; r + ROWS <= rows; r += ROWS) {
+        const S* row = refocus + r * length;
+        const S* next = r + 2 * ROWS <= rows ? row + ROWS * length + q : refocus + end;
+        product<S, ROWS, COLUMNS>(row, length, u, q, end, c, c + together, next, sums + r * columns);
+      }
+      for (; r < rows; ++r) {
+        const S* row = refocus + r * length;
+        product<S, 1, COLUMNS_OF_ONE>(row, length, u, q, end, c, c + together, row + length + q, sums + r * columns);
+      }
     }
   }
   for (int64_t r = 0; r < rows; ++r) {

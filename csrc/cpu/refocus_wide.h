@@ -45,9 +45,10 @@ class Unfolded {
   // Entries from q on, a multiple of the lanes.
   const T* at(int64_t q) const { return data_.data() + q * columns_; }
   int64_t columns() const { return columns_; }
-  // Entries whose part of U is kBlockBytes, a multiple of the lanes.
-  int64_t block() const {
-    return most(1, kBlockBytes / (columns_ * kLanes<T> * static_cast<int64_t>(sizeof(T)))) * kLanes<T>;
+  // Entries whose part of U, or of that many columns of it, is kBlockBytes: a multiple of the lanes.
+  int64_t block() const { return block(columns_); }
+  int64_t block(int64_t columns) const {
+    return most(1, kBlockBytes / (columns * kLanes<T> * static_cast<int64_t>(sizeof(T)))) * kLanes<T>;
   }
 
  private:
@@ -94,36 +95,47 @@ const Compute<S>* computed(const S* from, int64_t count, Scratch<Compute<S>>& sc
   }
 }
 
-// sums[r * columns + c] += W_r[r, q0 : q1] . U[q0 : q1, c], lane by lane, for ROWS rows of W_r and all columns. Fetches
-// as much of the rows from `next` on meanwhile.
-template <typename S, int ROWS, int COLUMNS>
-void product(const S* refocus, int64_t row_length, const Unfolded<Compute<S>>& u, int64_t q0, int64_t q1, const S* next,
-             Vec<Compute<S>>* sums) {
+// sums[r * columns + c] += W_r[r, q0 : q1] . U[q0 : q1, c], lane by lane, for ROWS rows of W_r and COLUMNS columns from
+// c0 on. With FETCH as much of the rows from `next` on is fetched meanwhile.
+template <typename S, int ROWS, int COLUMNS, bool FETCH>
+void product_of_columns(const S* refocus, int64_t row_length, const Unfolded<Compute<S>>& u, int64_t q0, int64_t q1,
+                        int64_t c0, const S* next, Vec<Compute<S>>* sums) {
   using T = Compute<S>;
   constexpr int64_t kLane = kLanes<T>;
   const int64_t columns = u.columns();
-  for (int64_t c0 = 0; c0 < columns; c0 += COLUMNS) {
-    Vec<T> sum[ROWS * COLUMNS];
+  Vec<T> sum[ROWS * COLUMNS];
 #pragma GCC unroll 32
-    for (int n = 0; n < ROWS * COLUMNS; ++n) sum[n] = sums[n / COLUMNS * columns + c0 + n % COLUMNS];
-    const T* from = u.at(q0) + c0 * kLane;
-    for (int64_t q = q0; q < q1; q += kLane, from += columns * kLane) {
-      Vec<T> row[ROWS];
+  for (int n = 0; n < ROWS * COLUMNS; ++n) sum[n] = sums[n / COLUMNS * columns + c0 + n % COLUMNS];
+  const T* from = u.at(q0) + c0 * kLane;
+  const auto meet = [&](int64_t q, const auto& load_row) {
+    Vec<T> row[ROWS];
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-        const S* entries = refocus + r * row_length + q;
-        row[r] = in_register(load_lanes(entries, q1 - q));
-        if (c0 == 0) __builtin_prefetch(next + r * row_length + q - q0, 0, 2);
-      }
-#pragma GCC unroll 16
-      for (int c = 0; c < COLUMNS; ++c) {
-        const Vec<T> basis = in_register(load(from + c * kLane));
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) sum[r * COLUMNS + c] += row[r] * basis;
-      }
+    for (int r = 0; r < ROWS; ++r) {
+      row[r] = in_register(load_row(refocus + r * row_length + q));
+      if constexpr (FETCH) __builtin_prefetch(next + r * row_length + q - q0, 0, 2);
     }
+#pragma GCC unroll 16
+    for (int c = 0; c < COLUMNS; ++c) {
+      const Vec<T> basis = in_register(load(from + c * kLane));
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) sum[r * COLUMNS + c] += row[r] * basis;
+    }
+    from += columns * kLane;
+  };
+  int64_t q = q0;
+  for (; q + kLane <= q1; q += kLane) meet(q, [](const S* entries) { return load(entries); });
+  if (q < q1) meet(q, [&](const S* entries) { return load_lanes(entries, q1 - q); });
 #pragma GCC unroll 32
-    for (int n = 0; n < ROWS * COLUMNS; ++n) sums[n / COLUMNS * columns + c0 + n % COLUMNS] = sum[n];
+  for (int n = 0; n < ROWS * COLUMNS; ++n) sums[n / COLUMNS * columns + c0 + n % COLUMNS] = sum[n];
+}
+
+// The same for the columns from `begin` to `end` - 1, COLUMNS at once. What is fetched is fetched with column 0.
+template <typename S, int ROWS, int COLUMNS>
+void product(const S* refocus, int64_t row_length, const Unfolded<Compute<S>>& u, int64_t q0, int64_t q1, int64_t begin,
+             int64_t end, const S* next, Vec<Compute<S>>* sums) {
+  for (int64_t c = begin; c < end; c += COLUMNS) {
+    const auto run = c == 0 ? product_of_columns<S, ROWS, COLUMNS, true> : product_of_columns<S, ROWS, COLUMNS, false>;
+    run(refocus, row_length, u, q0, q1, c, next, sums);
   }
 }
 

@@ -280,14 +280,7 @@ inline Vec<T> lane_down(Vec<T> v, Vec<T> above) {
   return align<T, 1>(v, above);
 }
 
-template <typename T>
-inline double sum(Vec<T> v) {
-  double total = 0;
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) total += static_cast<double>(v[lane]);
-  return total;
-}
-
-// The sum of `count` numbers, so many that they fill vectors, lane by lane and then half by half.
+// The sum of all lanes, half by half.
 template <int BY>
 inline double sum_halves(Vec<double> v) {
   if constexpr (BY == 0) {
@@ -296,6 +289,23 @@ inline double sum_halves(Vec<double> v) {
     return sum_halves<BY / 2>(v + align<double, BY>(v, v));
   }
 }
+template <int FIRST, int... I>
+inline Vec<double> widened(Vec<float> v, std::integer_sequence<int, I...>) {
+  return __builtin_convertvector(__builtin_shufflevector(v, v, (FIRST + I)...), Vec<double>);
+}
+// The sum of all lanes, in double.
+template <typename T>
+inline double sum(Vec<T> v) {
+  constexpr int kLane = kLanes<double>;
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return sum_halves<kLane / 2>(v);
+  } else {
+    constexpr std::make_integer_sequence<int, kLane> lanes;
+    return sum_halves<kLane / 2>(widened<0>(v, lanes) + widened<kLane>(v, lanes));
+  }
+}
+
+// The sum of `count` numbers, so many that they fill vectors, lane by lane and then half by half.
 inline double sum_of(const double* from, int64_t count) {
   Vec<double> total = load(from);
   for (int64_t i = kLanes<double>; i < count; i += kLanes<double>) total += load(from + i);

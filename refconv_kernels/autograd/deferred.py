@@ -96,8 +96,12 @@ class DeferredGradient(Tensor):
         """``dW_r``, an ordinary tensor; the same one at every call."""
         return self._gradient.read()
 
+    def is_left_for(self, basis: Tensor) -> bool:
+        """Whether this is the gradient for that basis and still unread."""
+        return self._gradient.is_for(basis) and self._gradient.grad_transformed is not None
+
     def hand_over(self, basis: Tensor) -> tuple[str, Tensor | None]:
-        """The backend, and ``dW_t``, to be overwritten, if this is the gradient for that basis and still unread."""
+        """The backend, and ``dW_t``, to be overwritten; None unless this :meth:`is_left_for` that basis."""
         gradient, taken = self._gradient, None
         if gradient.is_for(basis):
             taken, gradient.grad_transformed = gradient.grad_transformed, None

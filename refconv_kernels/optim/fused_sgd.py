@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,19 @@ from refconv_kernels.modules import RefConv2d
 from refconv_kernels.ops import KERNELS, choose
 
 __all__ = ["FusedSGD"]
+
+
+class _Step(NamedTuple):
+    """One layer's, before it is done."""
+
+    layer: RefConv2d
+    basis: Tensor
+    refocus: Tensor
+    gradient: DeferredGradient
+    momentum: Tensor  # empty if there is none
+    first: bool  # it holds nothing yet
+    identity: bool
+
 
 _NUMBERS = "lr", "momentum", "dampening", "weight_decay"
 
@@ -85,8 +98,7 @@ class FusedSGD(SGD):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            numbers = *(float(group[name]) for name in _NUMBERS), group["nesterov"], group["maximize"]
-            others = [p for p in group["params"] if p.grad is not None and not self._fused_step(p, numbers)]
+            others = self._fused_steps(group)
             self._plain_step(group, others)
             for p in others:  # the first step, or somebody read the gradient
                 layer = self._layers.get(p)
@@ -95,30 +107,51 @@ class FusedSGD(SGD):
                     layer.keep_ahead(transform(layer.basis_weight, p, layer.transform.identity), backend)
         return loss
 
-    def _fused_step(self, refocus: Tensor, numbers: tuple[Any, ...]) -> bool:
+    def _fused_steps(self, group: dict[str, Any]) -> list[Tensor]:
+        """The steps on all ``W_r`` of a group whose gradients were left to this optimizer; what else has a gradient is
+        returned.
+
+        The kernels run one after the other, between what Python does before and after all of them: each goes through
+        the caches, and what Python does in between would find nothing of itself in them.
+        """
+        others, steps = [], []
+        for p in group["params"]:
+            if p.grad is not None:
+                step = self._fused_step(p, group["momentum"])
+                others.append(p) if step is None else steps.append(step)
+        numbers = *(float(group[name]) for name in _NUMBERS), group["nesterov"], group["maximize"]
+        done: list[tuple[_Step, Tensor, str]] = []
+        try:
+            for step in steps:
+                backend, transformed = step.gradient.hand_over(step.basis)
+                assert transformed is not None  # _fused_step() made sure
+                run = KERNELS["fused_sgd"][backend].forward
+                run(step.basis, transformed, step.refocus, step.momentum, step.identity, *numbers, step.first)
+                done.append((step, transformed, backend))  # by now W_t
+        finally:  # whatever ends it, what was done is noted
+            for step, transformed, backend in done:
+                increment_version((step.refocus, step.momentum))
+                if step.first and group["momentum"] != 0:
+                    self.state[step.refocus]["momentum_buffer"] = step.momentum
+                step.refocus.grad = None
+                step.layer.keep_ahead(transformed, backend)
+        return others
+
+    def _fused_step(self, refocus: Tensor, momentum: float) -> _Step | None:
         """The step on a layer's ``W_r``, if its gradient was left to this optimizer."""
         gradient = refocus.grad
         if not isinstance(gradient, DeferredGradient) or (layer := self._layers.get(refocus)) is None:
-            return False
+            return None
         basis, transform = layer.basis_weight, layer.transform
         if getattr(transform, "weight", None) is not refocus:  # by now it may be one without a weight
-            return False
-        backend, transformed = gradient.hand_over(basis)
-        if transformed is None:
-            return False
-        _, momentum, *_ = numbers
+            return None
+        if not gradient.is_left_for(basis):
+            return None
         buffer = self._momentum(refocus)
         first = buffer is None
         if buffer is None:
             buffer = torch.empty_like(refocus) if momentum != 0 else refocus.new_empty(0)
-        run = KERNELS["fused_sgd"][backend].forward
-        run(basis, transformed, refocus, buffer, transform.identity, *numbers, first)
-        increment_version((refocus, buffer))
-        if first and momentum != 0:
-            self.state[refocus]["momentum_buffer"] = buffer
-        refocus.grad = None
-        layer.keep_ahead(transformed, backend)  # what was dW_t
-        return True
+        return _Step(layer, basis, refocus, gradient, buffer, first, bool(transform.identity))
 
     def _plain_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """PyTorch's step, fused where it can be; parameters without a momentum yet take their first one apart."""

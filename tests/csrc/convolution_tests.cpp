@@ -36,7 +36,8 @@ struct Expected {
         dx(p.batch * p.channels * p.in_size()),
         dw(p.out_channels() * p.per_group * p.taps()),
         db(p.out_channels()) {
-    std::vector<long double> sums(dw.size());  // so many terms that a double would be no better than what is tested
+    // So many terms that a double would be no better than what is tested.
+    std::vector<long double> sums(dw.size()), bias_sums(db.size());
     for_each_term(p, [&](int64_t o, int64_t i, int64_t t) {
       y[o] += value(w[t]) * value(x[i]);
       dx[i] += value(w[t]) * value(grad[o]);
@@ -46,9 +47,10 @@ struct Expected {
     y_biased = y;
     for (size_t o = 0; o < y.size(); ++o) {
       const int64_t channel = static_cast<int64_t>(o) / p.out_size() % p.out_channels();
-      db[channel] += value(grad[o]);
+      bias_sums[channel] += value(grad[o]);
       y_biased[o] += value(bias[channel]);
     }
+    db.assign(bias_sums.begin(), bias_sums.end());
   }
 };
 
