@@ -1,5 +1,7 @@
 """Drives CMake for the native kernels; everything else is in pyproject.toml.
 
+Two extensions: ``_C``, the kernels, in torch's stable ABI, and ``_autograd``, which calls them, for one release of
+torch; without the second the same calls are made in Python.
 REFCONV_BUILD=0 skips the native build, REFCONV_BUILD=1 makes its failure fatal. Unset, a failure leaves an
 installation that works on the reference path, and ``python -m refconv_kernels info`` says what was missing.
 On systems other than Linux the native build is tried only with REFCONV_BUILD=1.
@@ -45,7 +47,8 @@ def torch_dir() -> Path:
     raise Skipped("torch>=2.11 was not found when installing; install torch first, then refconv_kernels again")
 
 
-def build_native(target: Path, build_dir: Path) -> None:
+def configure_native(output: Path, build_dir: Path) -> None:
+    """Find the tools and configure the build, into ``build_dir``, of extensions that go to ``output``."""
     if WANTED == "0":
         raise Skipped("REFCONV_BUILD=0 was set when installing")
     if WANTED != "1" and platform.system() != "Linux":
@@ -70,30 +73,45 @@ def build_native(target: Path, build_dir: Path) -> None:
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DREFCONV_EXTENSION_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent.resolve()}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.resolve()}",
     ]
-    for command in (configure, [cmake, "--build", str(build_dir)]):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode != 0:
-            sys.stderr.write(done.stdout)
-            lines = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
-            raise Skipped(f"the native build failed: {lines[0] if lines else command}")
+    run(configure)
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        sys.stderr.write(done.stdout)
+        lines = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
+        raise Skipped(f"the native build failed: {lines[0] if lines else command}")
+
+
+#: What happens without each extension.
+SKIPPED = {
+    "_C": "native kernels skipped, the reference path will run",
+    "_autograd": "autograd Functions in C++ skipped, those in Python will run",
+}
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        name = ext.name.rpartition(".")[2]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        note = target.parent / "_build.json"
-        note.unlink(missing_ok=True)
+        build_dir, note = Path(self.build_temp).resolve() / "cmake", target.parent / "_build.json"
         try:
-            build_native(target, Path(self.build_temp).resolve() / "cmake")
+            if name == "_C":
+                note.unlink(missing_ok=True)
+                configure_native(target.parent, build_dir)
+            elif note.exists():  # no kernels to call
+                return target.unlink(missing_ok=True)
+            run(["cmake", "--build", str(build_dir), "--target", name])
         except Skipped as reason:
             if WANTED == "1":
                 raise SystemExit(f"refconv_kernels: {reason} (REFCONV_BUILD=1)") from None
             target.unlink(missing_ok=True)
-            note.write_text(json.dumps({"skipped": str(reason)}) + "\n")
-            print(f"refconv_kernels: native kernels skipped, the reference path will run: {reason}", file=sys.stderr)
+            note.write_text(json.dumps({"skipped": str(reason), "extension": name}) + "\n")
+            print(f"refconv_kernels: {SKIPPED[name]}: {reason}", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
         """An editable install: copy what was built, or the note that says why nothing was."""
@@ -109,4 +127,7 @@ class CMakeBuild(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
-setup(ext_modules=[Extension("refconv_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension(f"refconv_kernels.{name}", sources=[]) for name in SKIPPED],
+    cmdclass={"build_ext": CMakeBuild},
+)

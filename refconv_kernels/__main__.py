@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refconv_kernels import __version__, current_backend, ops
+from refconv_kernels.autograd import native
 from refconv_kernels.backends import cpu
 from refconv_kernels.backends.triton import tuning
 from refconv_kernels.learning import cli
@@ -132,6 +133,7 @@ def _info(arguments: argparse.Namespace) -> int:
             print(f"  {name.replace('_', ' ')}: {value}")
         print(f"  instruction sets: {', '.join(cpu.native.instruction_sets())}")
         print(f"  instruction set in use: {cpu.native.instruction_set()}")
+        print(f"  autograd Functions: {'in C++' if native.unavailable is None else f'in Python: {native.unavailable}'}")
     return 0
 
 

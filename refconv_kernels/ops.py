@@ -141,20 +141,23 @@ _chosen: dict[Any, Any] = {}
 _MOST_CHOSEN = 4096
 
 
+def recalls() -> bool:
+    """Whether what was chosen before holds now: not while something is traced or a backend was named."""
+    return _wanted == "auto" and not torch.compiler.is_compiling() and _kernels_may_run()
+
+
 def recall(problem: Any) -> Any:
     """What :func:`remember` was told of ``problem``; None if nothing, or if it might not hold now.
 
     For callers that check and choose at length what is the same at every step: after an operation that went through the
     caches, each of a dozen small functions costs microseconds.
     """
-    if _wanted != "auto" or torch.compiler.is_compiling() or not _kernels_may_run():
-        return None
-    return _chosen.get(problem)
+    return _chosen.get(problem) if recalls() else None
 
 
 def remember(problem: Any, answer: Any) -> None:
     """Note, for :func:`recall`, what was chosen for ``problem``, which names everything that the choice depends on."""
-    if _wanted == "auto" and not torch.compiler.is_compiling():
+    if recalls():
         if len(_chosen) >= _MOST_CHOSEN:
             _chosen.clear()
         _chosen[problem] = answer

@@ -52,7 +52,7 @@ def test_without_the_native_library_everything_runs_on_the_reference_path(
     assert done.returncode == 0, done.stderr
     line = [line for line in done.stderr.splitlines() if line.startswith("refconv_kernels:")]
     assert line == [f"refconv_kernels: native kernels skipped, the reference path will run: {reason}"]
-    assert json.loads((package / "_build.json").read_text()) == {"skipped": reason}
+    assert json.loads((package / "_build.json").read_text()) == {"skipped": reason, "extension": "_C"}
     assert not list(package.glob("*.so"))
 
     code = (
@@ -71,6 +71,24 @@ def test_without_the_native_library_everything_runs_on_the_reference_path(
     assert done.returncode == 0, done.stderr
     assert str(package) in done.stdout
     assert f"name (='cpu') cannot run here: the native library was not built: {reason}" in done.stdout
+
+
+def test_without_the_functions_in_cpp_there_are_those_in_python(tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    cmake = tools / "cmake"  # stands for torch's headers of a release that has others
+    cmake.write_text('#!/bin/sh\ncase "$*" in *_autograd*) echo "error: no such header"; exit 1;; esac\n')
+    cmake.chmod(0o755)
+    environment = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    done, package = build(tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    reason = "the native build failed: error: no such header"
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("refconv_kernels:")]
+    assert line == f"refconv_kernels: autograd Functions in C++ skipped, those in Python will run: {reason}"
+    assert json.loads((package / "_build.json").read_text()) == {"skipped": reason, "extension": "_autograd"}
+    done, _ = build(tmp_path / "strict", **environment, REFCONV_BUILD="1")
+    assert done.returncode != 0
+    assert f"refconv_kernels: {reason} (REFCONV_BUILD=1)" in done.stderr
 
 
 def test_a_required_build_that_fails_is_fatal(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_kernels_under_sanitizers(tmp_path: Path) -> None:
 
 
 def test_kernels_include_no_torch() -> None:
-    sources = [p for p in (ROOT / "csrc").rglob("*") if p.is_file() and p.parent.name != "bindings"]
+    sources = [ROOT / "csrc/problem.h", *(ROOT / "csrc/cpu").iterdir()]
     assert len(sources) > 5
     for source in sources:
         assert "#include <torch" not in source.read_text(), source.name

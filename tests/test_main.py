@@ -14,6 +14,7 @@ import torch
 import refconv_kernels
 from refconv_kernels import ops, use_backend
 from refconv_kernels.__main__ import main
+from refconv_kernels.autograd import native
 from refconv_kernels.backends import cpu, triton
 from tests.conftest import needs_native
 
@@ -58,6 +59,16 @@ def test_info_describes_the_native_library(capsys: pytest.CaptureFixture) -> Non
     assert f"  instruction set in use: {cpu.native.instruction_set()}" in lines
     assert f"  instruction sets: {', '.join(cpu.native.instruction_sets())}" in lines
     assert f"  compiler: {cpu.native.build_info()['compiler']}" in lines
+    there = "in C++" if native.unavailable is None else f"in Python: {native.unavailable}"
+    assert f"  autograd Functions: {there}" in lines
+
+
+def test_info_tells_why_autograd_functions_are_pythons(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "unavailable", "another release")
+    if cpu.native is not None:
+        assert "  autograd Functions: in Python: another release" in printed(capsys, ["info"])
 
 
 def test_info_without_the_native_library(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,11 +39,17 @@ def unavailable() -> str | None:
     """Why the native library cannot be used, in one line; None when it can."""
     if native is not None:
         return None
-    try:
-        reason = json.loads(resources.files("refconv_kernels").joinpath("_build.json").read_text())["skipped"]
-    except (OSError, KeyError, ValueError):
-        reason = None
+    reason = why_not_built("_C")
     return f"the native library was not built: {reason}" if reason else f"the native library: {_import_error}"
+
+
+def why_not_built(extension: str) -> str | None:
+    """What the installation noted about an extension, ``_C`` or ``_autograd``, that it could not build."""
+    try:
+        note = json.loads(resources.files("refconv_kernels").joinpath("_build.json").read_text())
+        return str(note["skipped"]) if note["extension"] == extension else None
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def _limits(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> str | None:

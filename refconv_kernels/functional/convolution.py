@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refconv_kernels import reference
 from refconv_kernels.autocast import autocast_dtype, cast
-from refconv_kernels.autograd import GroupedConv2d, apply
+from refconv_kernels.autograd import GroupedConv2d, apply, native
 from refconv_kernels.checks import check_dims, check_groups, check_padding, check_same, check_tensors, pair
 from refconv_kernels.ops import choose, recall, remember
 
@@ -50,6 +50,10 @@ def conv2d(
         >>> conv2d(torch.randn(2, 8, 5, 5), torch.randn(8, 1, 3, 3), padding=1, groups=8).shape
         torch.Size([2, 8, 5, 5])
     """
+    call = native.GROUPED_CONV2D, (input, weight, bias), True, stride, padding, dilation, groups, padding_mode
+    output = native.call(*call)
+    if output is not None:
+        return output
     try:
         problem: Any = (
             f"conv2d {stride!r} {padding!r} {dilation!r} {groups!r} {padding_mode!r}",  # 1.0 is not 1
@@ -118,6 +122,7 @@ def conv2d(
                 and before == after
             ):
                 remember(problem, (*geometry, backend))
+                native.remember(backend, True, *call)
             batched = input.unsqueeze(0) if input.dim() == 3 else input
             output = apply(GroupedConv2d, batched, weight, bias, *geometry, backend)
             return output.squeeze(0) if input.dim() == 3 else output

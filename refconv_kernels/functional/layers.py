@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from refconv_kernels.autocast import autocast_dtype, cast
-from refconv_kernels.autograd import RefConv2d, ThinRefConv2d, apply
+from refconv_kernels.autograd import RefConv2d, ThinRefConv2d, apply, native
 from refconv_kernels.checks import check_tensors
 from refconv_kernels.functional.convolution import conv2d
 from refconv_kernels.functional.weights import refocus_weight, thin_refocus_weight
@@ -44,9 +44,14 @@ def refconv2d(
         torch.Size([2, 8, 5, 5])
     """
     geometry = stride, padding, dilation
+    call = native.REFCONV2D, (input, basis, refocus, bias), identity, *geometry, groups, padding_mode
+    output = native.call(*call)
+    if output is not None:
+        return output
     input = _autocast(input)
     backend, own = _one_call("refconv2d", input, basis, (refocus,), bias, *geometry, groups, padding_mode)
     if backend != "reference":
+        native.remember(backend, own, *call)
         return apply(RefConv2d, input, basis, refocus, bias, identity, *geometry, own, backend)[0]
     check_tensors(refocus=refocus)
     if refocus.dim() == 4 and refocus.shape[1] != groups:
@@ -81,11 +86,16 @@ def thin_refconv2d(
         torch.Size([2, 8, 5, 5])
     """
     geometry = stride, padding, dilation
+    call = native.THIN_REFCONV2D, (input, basis, coordinates, factor, bias), identity, *geometry, groups, padding_mode
+    output = native.call(*call)
+    if output is not None:
+        return output
     input = _autocast(input)
     backend, own = _one_call(
         "thin_refconv2d", input, basis, (coordinates, factor), bias, *geometry, groups, padding_mode
     )
     if backend != "reference":
+        native.remember(backend, own, *call)
         return apply(ThinRefConv2d, input, basis, coordinates, factor, bias, identity, *geometry, own, backend)
     check_tensors(basis=basis, factor=factor)
     kernels = basis.shape[0] * basis.shape[1] if basis.dim() == 4 else 0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from refconv_kernels import reference, thin
 from refconv_kernels.autocast import HALVES, no_autocast
-from refconv_kernels.autograd import RefocusWeight, ThinRefocusWeight, apply
+from refconv_kernels.autograd import RefocusWeight, ThinRefocusWeight, apply, native
 from refconv_kernels.checks import check_basis, check_dims, check_same, check_tensors
 from refconv_kernels.geometry import output_format
 from refconv_kernels.ops import choose, recall, remember
@@ -47,6 +47,9 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
         >>> refocus_weight(basis, torch.zeros(8, 8, 3, 3)).shape
         torch.Size([8, 1, 3, 3])
     """
+    output = native.call(native.REFOCUS_WEIGHT, (basis, refocus), identity)
+    if output is not None:
+        return output
     try:
         problem: Any = basis.shape, refocus.shape, basis.dtype, refocus.dtype, basis.device, refocus.device
         backend = recall(problem)
@@ -81,6 +84,8 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
     else:
         if problem is not None:
             remember(problem, backend)
+        if basis.is_contiguous():
+            native.remember(backend, True, native.REFOCUS_WEIGHT, (basis, refocus), identity)
         transformed = apply(RefocusWeight, basis, refocus, identity, backend)
     return _like(transformed, basis, dtype)
 
@@ -144,6 +149,9 @@ def thin_refocus_weight(basis: Tensor, coordinates: Tensor, factor: Tensor, *, i
         >>> thin_refocus_weight(basis, torch.zeros(8, 9), refocus_factor(basis, groups=8)).shape
         torch.Size([8, 1, 3, 3])
     """
+    output = native.call(native.THIN_REFOCUS_WEIGHT, (basis, coordinates, factor), identity)
+    if output is not None:
+        return output
     check_tensors(basis=basis, coordinates=coordinates, factor=factor)
     check_dims("basis", basis, 4, "[C_out, C_in/g, K_h, K_w]")
     check_dims("coordinates", coordinates, 2, "[N, r]")
@@ -171,6 +179,8 @@ def thin_refocus_weight(basis: Tensor, coordinates: Tensor, factor: Tensor, *, i
         with no_autocast(basis):
             transformed = reference.thin_refocus_weight(basis, coordinates, factor, identity)
     else:
+        if basis.is_contiguous():
+            native.remember(backend, True, native.THIN_REFOCUS_WEIGHT, (basis, coordinates, factor), identity)
         transformed = apply(ThinRefocusWeight, basis, coordinates, factor, identity, backend)
     return _like(transformed, basis, dtype)
 
