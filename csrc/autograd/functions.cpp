@@ -117,7 +117,7 @@ struct Held : torch::CustomClassHolder {
   const Options options;
 };
 
-struct Node : torch::autograd::Function<Node> {
+struct RefConvFunction : torch::autograd::Function<RefConvFunction> {
   static Tensor forward(AutogradContext* context, at::TensorList tensors, const Options& options) {
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [output, saved] = autograd::forward(tensors.vec(), options);
@@ -150,7 +150,7 @@ struct Node : torch::autograd::Function<Node> {
 }  // namespace
 
 Tensor run(const variable_list& tensors, const Options& options) {
-  return Node::apply(at::TensorList(tensors), options);
+  return RefConvFunction::apply(at::TensorList(tensors), options);
 }
 
 }  // namespace refconv::autograd

@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-#if defined(REFCONV_AVX512) || defined(REFCONV_AVX512VL)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
@@ -105,6 +105,24 @@ const InstructionSet& instruction_set_for_rows(int64_t width, int64_t element_by
     if (fused && padded(*set) < padded(*best)) best = set;
   }
   return *best;
+}
+
+int64_t last_cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t found = int64_t{32} << 20;
+#if defined(__x86_64__)
+    unsigned highest = 0, a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid(0, &highest, &b, &c, &d) == 0) return found;
+    // Both makers describe one cache per number, in the same way; the last one is the largest.
+    const unsigned leaf = c == signature_AMD_ecx ? 0x8000001d : 4;
+    for (unsigned cache = 0; __get_cpuid_count(leaf, cache, &a, &b, &c, &d) != 0 && (a & 0x1f) != 0; ++cache) {
+      const int64_t line = (b & 0xfff) + 1, partitions = (b >> 12 & 0x3ff) + 1, ways = (b >> 22) + 1;
+      if ((a >> 5 & 7) == 3) found = line * partitions * ways * (int64_t{c} + 1);
+    }
+#endif
+    return found;
+  }();
+  return bytes;
 }
 
 bool has_half_width_units() {

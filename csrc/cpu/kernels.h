@@ -173,6 +173,8 @@ void set_instruction_set(const std::string& name);
 // For rows of `width` elements of `element_bytes`: unless one was named, the one whose vectors they fill best,
 // the wider of equals. Rows of 7 floats fill 7 of 8 lanes with AVX2, 7 of 16 with AVX-512.
 const InstructionSet& instruction_set_for_rows(int64_t width, int64_t element_bytes);
+// The size of the last cache, that of 32 MB where the processor does not say.
+int64_t last_cache_bytes();
 // Whether the processor computes vectors of 64 bytes in two halves, as Zen 4 does.
 bool has_half_width_units();
 // For a transformation: unless one was named, dense 3x3 bases take vectors of 32 bytes where those of 64 are computed

@@ -81,10 +81,22 @@ Narrow<S> narrow(const RefocusProblem& p) {
 
 namespace {
 
+template <typename S>
+int64_t bytes_of(const RefocusProblem& p) {
+  return p.kernels * p.row_length() * static_cast<int64_t>(sizeof(S));
+}
+
 // Whether W_r and what is as large hardly stay in a cache.
 template <typename S>
 bool large(const RefocusProblem& p) {
-  return p.kernels * p.row_length() * static_cast<int64_t>(sizeof(S)) >= kAroundBytes;
+  return bytes_of<S>(p) >= kAroundBytes;
+}
+
+// Whether dW_r of a dense basis is written around the cache: it takes a copy, which a last cache with room for what is
+// as large saves.
+template <typename S>
+bool goes_around(const RefocusProblem& p) {
+  return large<S>(p) && bytes_of<S>(p) >= last_cache_bytes() / 8;
 }
 
 }  // namespace
@@ -108,7 +120,7 @@ template <typename S>
 void refocus_narrow_backward(const RefocusProblem& p, const S* grad_transformed, const S* basis, S* grad_refocus,
                              int64_t begin, int64_t end) {
   if (is_dense_3x3(p)) {
-    const bool around = large<S>(p) && grad_refocus != grad_transformed;
+    const bool around = goes_around<S>(p) && grad_refocus != grad_transformed;
     return refocus_dense_3x3<S, false>(basis, grad_transformed, grad_refocus, begin, end, large<S>(p), around);
   }
   const auto run = narrow<S>(p).backward;
