@@ -130,7 +130,9 @@ def test_without_gradients_there_is_no_graph(counter: Counter) -> None:
     with torch.no_grad():
         assert not function(*tensors).requires_grad
     assert not function(*(t.detach() for t in tensors)).requires_grad
-    assert counter.made >= 2
+    with torch.inference_mode():
+        assert function(*tensors).is_inference()
+    assert counter.made >= 3
 
 
 class _Seen(TorchDispatchMode):
@@ -169,10 +171,11 @@ def _left_to_python() -> dict[str, Callable[[Callable[..., Tensor], tuple[Tensor
         "vmap": lambda function, tensors: torch.vmap(lambda x: function(x, *tensors[1:]))(tensors[0][None]),
         "the compiler": lambda function, tensors: torch.compile(function, backend="eager", fullgraph=True)(*tensors),
         "meta": lambda function, tensors: function(*(t.to("meta") for t in tensors)),
+        "torch.jit": lambda function, tensors: torch.jit.trace(function, tensors, check_trace=False),
     }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of the compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # of torch's own
 @pytest.mark.parametrize("how", _left_to_python())
 def test_what_is_unusual_is_left_to_python(how: str, counter: Counter) -> None:
     function, tensors = calls(torch.float32)["depthwise layer"]

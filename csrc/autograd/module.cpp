@@ -72,7 +72,7 @@ bool is_plain() {
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
   return !at::autocast::is_autocast_enabled(at::kCPU) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
          !at::impl::torch_function_mode_enabled() && !included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
-         !included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+         !included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) && !included.has(c10::DispatchKey::Tracer);
 }
 
 // False for a call that only Python knows how to make.
