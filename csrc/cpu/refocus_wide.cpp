@@ -13,14 +13,14 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-// `rows` kernels of one refocus group. `sums` has room for kRowGroup of them. A row alone takes more columns at once,
-// where there are as many.
+// Kernels of one refocus group, kRowsTogether at most and `left` of them. `sums` has room for as many. A row alone
+// takes more columns at once, where there are as many. Returns how many were done.
 template <typename S, int COLUMNS, int COLUMNS_OF_ONE = COLUMNS>
-void forward_rows(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const S* basis, const S* refocus,
-                  S* transformed, int64_t rows, Vec<Compute<S>>* sums) {
+int64_t forward_rows(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const S* basis, const S* refocus,
+                     S* transformed, int64_t left, Vec<Compute<S>>* sums) {
   using T = Compute<S>;
   constexpr int ROWS = kRows<COLUMNS>;
-  const int64_t length = p.row_length(), columns = u.columns();
+  const int64_t length = p.row_length(), columns = u.columns(), rows = least(left, kRowsTogether<COLUMNS>);
   for (int64_t k = 0; k < rows * columns; ++k) sums[k] = Vec<T>{};
   // Larger kernels: as many columns as are met at once meet all rows before the next ones, so that a part of them long
   // enough for the loop stays in the first cache.
@@ -47,6 +47,7 @@ void forward_rows(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const 
       store_one(transformed + at, static_cast<T>(static_cast<double>(start) + sum<T>(sums[r * columns + c])));
     }
   }
+  return rows;
 }
 
 }  // namespace
@@ -55,6 +56,7 @@ template <typename S>
 void refocus_wide_forward(const RefocusProblem& p, const S* basis, const S* refocus, S* transformed, int64_t begin,
                           int64_t end) {
   using T = Compute<S>;
+  constexpr int64_t kMostTogether = most(kRowsTogether<5>, most(kRowsTogether<kColumns7x7>, kRowsTogether<kColumns>));
   const int at_once = columns_at_once(p.kernel_size());
   const int64_t size = p.kernel_size(), length = p.row_length();
   const auto run = at_once == 5             ? forward_rows<S, 5>
@@ -63,12 +65,11 @@ void refocus_wide_forward(const RefocusProblem& p, const S* basis, const S* refo
                                             : forward_rows<S, kColumns>;
   Unfolded<T> u(p);
   Scratch<T> group(p.group_size * size);
-  Scratch<Vec<T>> sums(kRowGroup * u.columns());
+  Scratch<Vec<T>> sums(kMostTogether * u.columns());
   for_each_group(p, begin, end, [&](int64_t first, int64_t n, int64_t last) {
     u.fill(computed(basis + first * size, p.group_size * size, group));
-    for (; n < last; n += kRowGroup) {
-      const int64_t rows = least(kRowGroup, last - n);
-      run(p, u, basis + n * size, refocus + n * length, transformed + n * size, rows, sums.data());
+    while (n < last) {
+      n += run(p, u, basis + n * size, refocus + n * length, transformed + n * size, last - n, sums.data());
     }
   });
 }

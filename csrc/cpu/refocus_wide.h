@@ -25,6 +25,9 @@ inline int columns_at_once(int64_t kernel_size) {
 // Rows beside them: all sums, a vector per row and one of U.
 template <int COLUMNS>
 constexpr int kRows = (kVectorRegisters - 1) / (COLUMNS + 1);
+// kRowGroup rows, or one more where otherwise some would be left over, to be taken one by one.
+template <int COLUMNS>
+constexpr int64_t kRowsTogether = (kRowGroup + kRows<COLUMNS> - 1) / kRows<COLUMNS> * kRows<COLUMNS>;
 
 // U of one refocus group, in vectors along the rows of W_r:
 // entry q, column c lies at [(q / lanes * columns + c) * lanes + q % lanes]; zero where nothing is defined.

@@ -84,7 +84,10 @@ void test_refocus_all(const refconv::cpu::InstructionSet& set) {
     for (const int64_t dense : {1, 2, 5, 11, 12, 15, 16, 17, 24, 25, 48, 100}) {  // straddle the lanes, whole and cut
       test_refocus(kernels, isa, RefocusProblem{dense, 1, 3, 3, 3, identity});
     }
-    test_refocus(kernels, isa, RefocusProblem{131, 131, 3, 3, 3, identity});  // more than one block of a row
+    // More than one block of a row, and more rows than go together; some of them alone.
+    test_refocus(kernels, isa, RefocusProblem{131, 131, 3, 3, 3, identity});
+    test_refocus(kernels, isa, RefocusProblem{128, 128, 5, 5, 3, identity});
+    test_refocus(kernels, isa, RefocusProblem{83, 83, 7, 7, 3, identity});
     test_refocus(kernels, isa, RefocusProblem{22, 11, 7, 7, 3, identity});
     test_refocus(kernels, isa, RefocusProblem{35, 1, 7, 7, 7, identity});
   }
