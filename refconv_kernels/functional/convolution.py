@@ -65,6 +65,7 @@ def conv2d(
     except (AttributeError, TypeError):  # no tensors, symbolic sizes
         problem = known = None
     if known is not None:
+        native.remember(known[-1], True, *call)
         return apply(GroupedConv2d, input, weight, bias, *known)
 
     check_tensors(input=input, weight=weight)

@@ -47,7 +47,8 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
         >>> refocus_weight(basis, torch.zeros(8, 8, 3, 3)).shape
         torch.Size([8, 1, 3, 3])
     """
-    output = native.call(native.REFOCUS_WEIGHT, (basis, refocus), identity)
+    call = native.REFOCUS_WEIGHT, (basis, refocus), identity
+    output = native.call(*call)
     if output is not None:
         return output
     try:
@@ -56,6 +57,7 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
     except (AttributeError, TypeError):  # no tensors, or symbolic sizes
         problem = backend = None
     if backend is not None and basis.is_contiguous():
+        native.remember(backend, True, *call)
         return apply(RefocusWeight, basis, refocus, identity, backend)
 
     check_tensors(basis=basis, refocus=refocus)
@@ -85,7 +87,7 @@ def refocus_weight(basis: Tensor, refocus: Tensor, *, identity: bool = True) -> 
         if problem is not None:
             remember(problem, backend)
         if basis.is_contiguous():
-            native.remember(backend, True, native.REFOCUS_WEIGHT, (basis, refocus), identity)
+            native.remember(backend, True, *call)
         transformed = apply(RefocusWeight, basis, refocus, identity, backend)
     return _like(transformed, basis, dtype)
 
@@ -149,7 +151,8 @@ def thin_refocus_weight(basis: Tensor, coordinates: Tensor, factor: Tensor, *, i
         >>> thin_refocus_weight(basis, torch.zeros(8, 9), refocus_factor(basis, groups=8)).shape
         torch.Size([8, 1, 3, 3])
     """
-    output = native.call(native.THIN_REFOCUS_WEIGHT, (basis, coordinates, factor), identity)
+    call = native.THIN_REFOCUS_WEIGHT, (basis, coordinates, factor), identity
+    output = native.call(*call)
     if output is not None:
         return output
     check_tensors(basis=basis, coordinates=coordinates, factor=factor)
@@ -180,7 +183,7 @@ def thin_refocus_weight(basis: Tensor, coordinates: Tensor, factor: Tensor, *, i
             transformed = reference.thin_refocus_weight(basis, coordinates, factor, identity)
     else:
         if basis.is_contiguous():
-            native.remember(backend, True, native.THIN_REFOCUS_WEIGHT, (basis, coordinates, factor), identity)
+            native.remember(backend, True, *call)
         transformed = apply(ThinRefocusWeight, basis, coordinates, factor, identity, backend)
     return _like(transformed, basis, dtype)
 
