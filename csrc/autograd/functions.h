@@ -2,8 +2,8 @@
 //
 // Python's ones run everywhere and know everything. These are for the calls that a training repeats, where each call
 // into Python costs a small layer more than its kernels, and more still after an operation that went through the
-// caches. Unlike csrc/bindings this uses torch's C++ interface, which is stable for one release only:
-// refconv_kernels/autograd/ native.py loads it where the release is that of the headers, and does without it elsewhere.
+// caches. Unlike csrc/bindings this uses torch's C++ interface, which is stable for one release only: native.py there
+// loads it where the release is that of the headers, and does without it elsewhere.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -20,14 +20,8 @@ from refconv_kernels.autograd.layers import RefConv2d, ThinRefConv2d
 from refconv_kernels.autograd.weights import RefocusWeight, ThinRefocusWeight
 from refconv_kernels.backends import cpu
 
-#: In the order of ``Kind`` in csrc/autograd/functions.h: the Function, and how many of its arguments are tensors.
-_FUNCTIONS: tuple[tuple[type[Function], int], ...] = (
-    (RefocusWeight, 2),
-    (ThinRefocusWeight, 3),
-    (GroupedConv2d, 3),
-    (RefConv2d, 4),
-    (ThinRefConv2d, 5),
-)
+#: In the order of ``Kind`` in csrc/autograd/functions.h.
+_FUNCTIONS: tuple[type[Function], ...] = RefocusWeight, ThinRefocusWeight, GroupedConv2d, RefConv2d, ThinRefConv2d
 REFOCUS_WEIGHT, THIN_REFOCUS_WEIGHT, GROUPED_CONV2D, REFCONV2D, THIN_REFCONV2D = range(len(_FUNCTIONS))
 
 
@@ -54,13 +48,13 @@ def _backward(
     identity: bool,
     own: bool,
 ) -> tuple[Tensor | None, ...]:
-    """What the Function of that number computes in Python: one gradient for each of its tensors."""
-    function, tensors = _FUNCTIONS[number]
+    """What the Function of that number computes in Python: one gradient for each of ``needs``, its tensors."""
+    function = _FUNCTIONS[number]
     context = SimpleNamespace(
         saved_tensors=saved, needs_input_grad=needs, geometry=geometry, identity=identity, own=own, backend="cpu"
     )
     grads = (grad, None) if function is RefConv2d else (grad,)  # its second output is W_t
-    return function.backward(context, *grads)[:tensors]
+    return function.backward(context, *grads)[: len(needs)]
 
 
 def call(*arguments: Any) -> Tensor | None:
