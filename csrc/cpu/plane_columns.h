@@ -117,11 +117,11 @@ struct Twins {
   }
   template <typename S>
   Vec<Compute<S>> load_left(const S*, int, Vec<Compute<S>> v) const {
-    return permute<Compute<S>, OneUpInHalves>(v, Vec<Compute<S>>{});
+    return one_up(v);
   }
   template <typename S>
   Vec<Compute<S>> load_right(const S*, int, Vec<Compute<S>> v) const {
-    return permute<Compute<S>, OneDownInHalves>(v, Vec<Compute<S>>{});
+    return one_down(v);
   }
   template <typename S>
   void store_row(S* to, int, Vec<Compute<S>> v, bool) const {
@@ -146,19 +146,21 @@ struct Twins {
   }
   template <typename T>
   Vec<T> behind(Vec<T> v, Vec<T>) const {
-    return permute<T, OneUpInHalves>(v, Vec<T>{});
+    return one_up(v);
   }
 
  private:
   struct TwoHalves {
     static constexpr int of(int i, int lanes) { return i < lanes / 2 ? i : lanes + i; }
   };
-  struct OneUpInHalves {
-    static constexpr int of(int i, int lanes) { return i % (lanes / 2) == 0 ? lanes : i - 1; }
-  };
-  struct OneDownInHalves {
-    static constexpr int of(int i, int lanes) { return (i + 1) % (lanes / 2) == 0 ? lanes : i + 1; }
-  };
+  // The lanes of either half, one further; zero where nothing comes. Rotated: a permutation of two vectors, which has
+  // three operands, gets in the way of multiply-adds (Zen 4).
+  static Vec<float> one_up(Vec<float> v) {
+    return (Vec<float>)_mm512_maskz_alignr_epi32(0xfefe, (__m512i)v, (__m512i)v, 15);
+  }
+  static Vec<float> one_down(Vec<float> v) {
+    return (Vec<float>)_mm512_maskz_alignr_epi32(0x7f7f, (__m512i)v, (__m512i)v, 1);
+  }
 };
 #endif
 
