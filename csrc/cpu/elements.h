@@ -12,7 +12,16 @@ namespace {
 typedef uint16_t Vec16 __attribute__((vector_size(REFCONV_VECTOR_BYTES / 2)));
 using VecBits = Vec<uint32_t>;
 
-inline Vec<float> widen(Vec16 v, const BFloat16*) { return (Vec<float>)(__builtin_convertvector(v, VecBits) << 16); }
+// (GCC converts a vector in two halves.)
+inline Vec<float> widen(Vec16 v, const BFloat16*) {
+#if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
+#else
+  return (Vec<float>)(__builtin_convertvector(v, VecBits) << 16);
+#endif
+}
 
 // Rounds to nearest, ties to even. A NaN stays one: it came from a 16-bit element or is the processor's own, so that
 // its lower half is zero and nothing is carried into the upper one.

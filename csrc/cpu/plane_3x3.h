@@ -27,13 +27,25 @@ struct Images {
 constexpr std::true_type kYes;
 constexpr std::false_type kNo;
 
-// The pixels left of a vector's, the vector's, and those right of them; zero outside the plane.
+// The vectors of a row one after the other, each with the pixels left of its own (0), its own (1), and those right of
+// them (2); zero outside the plane. Pixels of 16 bits are converted once: two neighbours make what lies between them.
 template <typename S, typename C>
-REFCONV_INLINE void load_neighbours(const S* row, int j, const C& columns, Vec<Compute<S>>* v) {
-  v[1] = in_register(columns.load_row(row, j));
-  v[0] = in_register(columns.load_left(row, j, v[1]));
-  v[2] = in_register(columns.load_right(row, j, v[1]));
-}
+struct Neighbours {
+  using T = Compute<S>;
+  const S* row;
+  const C& columns;
+  Vec<T> before, next;
+
+  REFCONV_INLINE void load(int j, Vec<T>* v) {
+    constexpr bool kOnce = sizeof(S) < sizeof(T);
+    const bool first = j == 0, last = j == C::kVectors - 1;
+    v[1] = kOnce && !first ? next : in_register(columns.load_row(row, j));
+    if (kOnce && !last) next = in_register(columns.load_row(row, j + 1));
+    v[0] = in_register(kOnce && !first ? lane_up<T>(v[1], before) : columns.load_left(row, j, v[1]));
+    v[2] = in_register(kOnce && !last ? lane_down<T>(v[1], next) : columns.load_right(row, j, v[1]));
+    before = v[1];
+  }
+};
 
 template <typename S, typename C>
 REFCONV_APART void correlate_columns(const GroupedProblem& p, const Compute<S>* weight, const Compute<S>* bias,
@@ -51,10 +63,11 @@ REFCONV_APART void correlate_columns(const GroupedProblem& p, const Compute<S>* 
     const Ahead ahead = images.ahead_of(image);
     Vec<T> above[N], own[N];  // sums of the rows of y above a row of x, and beside it
     const auto meet = [&](auto has_above) {
+      Neighbours<S, C> neighbours{x, columns, {}, {}};
 #pragma GCC unroll 7
       for (int j = 0; j < N; ++j) {
         Vec<T> v[3], below = start;
-        load_neighbours(x, j, columns, v);
+        neighbours.load(j, v);
         if constexpr (!has_above) own[j] = start;
 #pragma GCC unroll 3
         for (int b = 0; b < 3; ++b) {
@@ -96,10 +109,11 @@ REFCONV_APART void meet_columns(const GroupedProblem& p, const Compute<S>* weigh
     Vec<T> above[N], own[N];  // dx of the rows above a row of dy, and beside it
     Vec<T> pixel_above[N], pixel_own[N];
     const auto meet = [&](auto has_above, auto has_below) {
+      Neighbours<S, C> neighbours{dy, columns, {}, {}};
 #pragma GCC unroll 7
       for (int j = 0; j < N; ++j) {
         Vec<T> v[3], below = {};
-        load_neighbours(dy, j, columns, v);
+        neighbours.load(j, v);
         if constexpr (has_above) {
           const Vec<T> pixel = kHeld ? pixel_above[j] : in_register(columns.load_row(x - width, j));
 #pragma GCC unroll 3
