@@ -23,19 +23,25 @@ inline Vec<float> widen(Vec16 v, const BFloat16*) {
 #endif
 }
 
-// Rounds to nearest, ties to even. A NaN stays one: it came from a 16-bit element or is the processor's own, so that
-// its lower half is zero and nothing is carried into the upper one.
-inline Vec16 narrow(Vec<float> v, const BFloat16*) {
-#if defined(__AVX512BW__) && REFCONV_VECTOR_BYTES == 64
+// In the upper half of each lane, rounded to nearest, ties to even. A NaN stays one: it came from a 16-bit element or
+// is the processor's own, so that its lower half is zero and nothing is carried into the upper one.
+inline VecBits rounded(Vec<float> v) {
+#if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
   const __m512i bits = (__m512i)v;
   const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-  const __m512i rounded = _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
-  const __m512i upper = (__m512i)(VecBits{0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d});
-  return (Vec16)_mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, rounded));
+  return (VecBits)_mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
 #else
   const VecBits bits = (VecBits)v;
-  return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Vec16);
+  return bits + 0x7fff + ((bits >> 16) & 1);
+#endif
+}
+inline Vec16 narrow(Vec<float> v, const BFloat16*) {
+#if defined(__AVX512BW__) && REFCONV_VECTOR_BYTES == 64
+  const __m512i upper = (__m512i)(VecBits{0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d});
+  return (Vec16)_mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, (__m512i)rounded(v)));
+#else
+  return __builtin_convertvector(rounded(v) >> 16, Vec16);
 #endif
 }
 
@@ -130,6 +136,24 @@ inline void store_partial_16(void* to, Vec16 v, int64_t count) {
 REFCONV_16_BIT_ACCESS(BFloat16)
 REFCONV_16_BIT_ACCESS(Half)
 #undef REFCONV_16_BIT_ACCESS
+
+#ifdef __AVX512VL__
+// The first `count` pixels of a vector that holds two in a lane, 0 < count; zero in the others.
+inline VecBits load_paired(const BFloat16* from, int64_t count) {
+#if REFCONV_VECTOR_BYTES == 64
+  return (VecBits)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), from);
+#else
+  return (VecBits)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_lanes(count)), from);
+#endif
+}
+inline void store_paired(BFloat16* to, VecBits v, int64_t count) {
+#if REFCONV_VECTOR_BYTES == 64
+  _mm512_mask_storeu_epi16(to, static_cast<__mmask32>((uint64_t{1} << count) - 1), (__m512i)v);
+#else
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(first_lanes(count)), (__m256i)v);
+#endif
+}
+#endif
 
 #if defined(__AVX512VL__) && REFCONV_VECTOR_BYTES == 64
 template <typename S>

@@ -12,9 +12,19 @@ struct Pair {
   Vec<T> even, odd;
 };
 
+template <typename S>
+constexpr bool kIsBFloat16 = std::is_same_v<S, BFloat16>;
+
 template <typename S, typename C>
 REFCONV_INLINE Pair<Compute<S>> load_pair(const S* row, int j, int64_t width, const C& columns) {
   using T = Compute<S>;
+#ifdef __AVX512VL__
+  // The upper halves of floats: a shift away from even pixels, a mask from odd ones.
+  if constexpr (kIsBFloat16<S>) {
+    const VecBits v = columns.load_paired_two(row, j, width);
+    return {(Vec<T>)(v << 16), (Vec<T>)(v & 0xffff0000)};
+  }
+#endif
   const Two<T> v = columns.load_two(row, j, width);
   return {permute<T, EvenLanes>(v.first, v.second), permute<T, OddLanes>(v.first, v.second)};
 }
@@ -23,6 +33,12 @@ template <typename S, typename C>
 REFCONV_INLINE void store_pair(S* row, int j, const Pair<Compute<S>>& pair, int64_t width, const C& columns,
                                bool around) {
   using T = Compute<S>;
+#ifdef __AVX512VL__
+  if constexpr (kIsBFloat16<S>) {
+    const VecBits v = rounded(pair.even) >> 16 | (rounded(pair.odd) & 0xffff0000);
+    return columns.store_paired_two(row, j, v, width);
+  }
+#endif
   const Two<T> v{permute<T, LowerInterleaved>(pair.even, pair.odd), permute<T, UpperInterleaved>(pair.even, pair.odd)};
   columns.store_two(row, j, v, width, around);
 }

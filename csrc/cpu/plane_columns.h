@@ -75,6 +75,17 @@ struct Columns {
     // Nothing is not stored: even so the line would be taken into the cache.
     if (second > 0) Columns<1, false, LAST>{second}.store_row(row + kLane, 0, v.second, around && second == kLane);
   }
+#ifdef __AVX512VL__
+  // The same pixels in one vector, two to a lane.
+  VecBits load_paired_two(const BFloat16* row, int j, int64_t width) const {
+    const int64_t first = j * kPaired, count = ends(j) ? least(width - first, kPaired) : kPaired;
+    return load_paired(row + first, count);
+  }
+  void store_paired_two(BFloat16* row, int j, VecBits v, int64_t width) const {
+    const int64_t first = j * kPaired, count = ends(j) ? least(width - first, kPaired) : kPaired;
+    store_paired(row + first, v, count);
+  }
+#endif
   // Asks for vector j of a row of y, and for the two of x that belong to it, to be in the first cache soon.
   template <typename S>
   REFCONV_INLINE void fetch_row(const S* row, int j) const {
@@ -91,6 +102,7 @@ struct Columns {
   }
 
  private:
+  static constexpr int64_t kPaired = 2 * kLanes<float>;
   static constexpr bool ends(int j) { return LAST && j == N - 1; }
 };
 
@@ -135,6 +147,16 @@ struct Twins {
   void store_two(S* to, int, const Two<Compute<S>>& v, int64_t width, bool) const {
     store_edge(to, v.first, width);
     store_edge(to + in_step, v.second, width);
+  }
+  VecBits load_paired_two(const BFloat16* row, int, int64_t width) const {
+    const auto mask = static_cast<__mmask16>(first_lanes(width));
+    const __m256i low = _mm256_maskz_loadu_epi16(mask, row), high = _mm256_maskz_loadu_epi16(mask, row + in_step);
+    return (VecBits)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
+  void store_paired_two(BFloat16* row, int, VecBits v, int64_t width) const {
+    const auto mask = static_cast<__mmask16>(first_lanes(width));
+    _mm256_mask_storeu_epi16(row, mask, _mm512_castsi512_si256((__m512i)v));
+    _mm256_mask_storeu_epi16(row + in_step, mask, _mm512_extracti64x4_epi64((__m512i)v, 1));
   }
   template <typename S>
   REFCONV_INLINE void fetch_row(const S* row, int) const {
