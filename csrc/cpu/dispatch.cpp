@@ -145,7 +145,7 @@ const InstructionSet& instruction_set_for(const RefocusProblem& p) {
     return instruction_set();
   }
   for (const InstructionSet* set : found()) {
-    if (set->vector_bytes <= kDenseBytes) return *set;
+    if (set->vector_bytes == kDenseBytes) return *set;  // portable code is no choice
   }
   return instruction_set();
 }
