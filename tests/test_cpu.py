@@ -125,14 +125,21 @@ def test_convolutions_do_not_depend_on_threads(
 @needs_native
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(
-    ("size", "stride", "padding"), [((5, 7), 1, 0), ((5, 7), 1, 1), ((9, 40), 1, 1), ((24, 24), 2, 1), ((9, 70), 1, 0)]
+    ("size", "stride", "padding"),
+    [((5, 7), 1, 0), ((5, 7), 1, 1), ((9, 40), 1, 1), ((24, 24), 2, 1), ((5, 14), 2, 1), ((9, 70), 1, 0)],
 )
 @pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_infinity_reaches_only_the_taps_that_see_it(
-    kernel: int, size: tuple[int, int], stride: int, padding: int, layout: torch.memory_format
+    dtype: torch.dtype,
+    kernel: int,
+    size: tuple[int, int],
+    stride: int,
+    padding: int,
+    layout: torch.memory_format,
 ) -> None:
     """0 * infinity must not leak from padding, or from vector lanes past the end of a row."""
-    x, weight = torch.randn(1, 2, *size), torch.randn(2, 1, kernel, kernel)
+    x, weight = torch.randn(1, 2, *size).to(dtype), torch.randn(2, 1, kernel, kernel).to(dtype)
     x[0, 0, 2, -1] = x[0, 0, 0, 5] = float("inf")
     out = F.conv2d(x, weight, stride=stride, padding=padding, groups=2)
     dy, pairs = torch.ones_like(out), [[s, s] for s in (stride, padding, 1)]

@@ -78,12 +78,10 @@ struct Columns {
 #ifdef __AVX512VL__
   // The same pixels in one vector, two to a lane.
   VecBits load_paired_two(const BFloat16* row, int j, int64_t width) const {
-    const int64_t first = j * kPaired, count = ends(j) ? least(width - first, kPaired) : kPaired;
-    return load_paired(row + first, count);
+    return load_paired(row + j * kPaired, paired_of(j, width));
   }
   void store_paired_two(BFloat16* row, int j, VecBits v, int64_t width) const {
-    const int64_t first = j * kPaired, count = ends(j) ? least(width - first, kPaired) : kPaired;
-    store_paired(row + first, v, count);
+    store_paired(row + j * kPaired, v, paired_of(j, width));
   }
 #endif
   // Asks for vector j of a row of y, and for the two of x that belong to it, to be in the first cache soon.
@@ -104,6 +102,7 @@ struct Columns {
  private:
   static constexpr int64_t kPaired = 2 * kLanes<float>;
   static constexpr bool ends(int j) { return LAST && j == N - 1; }
+  static int64_t paired_of(int j, int64_t width) { return ends(j) ? least(width - j * kPaired, kPaired) : kPaired; }
 };
 
 #if defined(__AVX512F__) && REFCONV_VECTOR_BYTES == 64
