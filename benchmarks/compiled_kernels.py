@@ -87,7 +87,8 @@ class Compiled:
 def problems(quick: bool, turn: int = 0) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Names of problems, and calls that launch all kernels of one; the thin form of each comes after the full one.
 
-    With ``quick``, a layer in one layout has one dtype, the other one when ``turn`` is odd instead of even.
+    With ``quick``, a layer in one layout has one dtype, the other one when ``turn`` is odd instead of even, and both
+    steps in one kernel have one size of maps.
     """
     dtypes = [torch.float32, torch.bfloat16] + ([] if quick else [torch.float16, torch.float64])
     for number, (channels, size, kernel, stride, dilation, multiplier) in enumerate(LAYERS[:6:2] if quick else LAYERS):
@@ -124,7 +125,8 @@ def problems(quick: bool, turn: int = 0) -> Iterator[tuple[str, Callable[[], Any
                         yield name, partial(thin.convolution_forward, *form, form[1][:, 0, 0, 0], True, *pads)
                         yield name, partial(thin.convolution_backward, dy, *form, True, *pads, True, False, True, True)
     for dtype in dtypes[:1] if quick else (torch.float32, torch.float64):
-        for size, stride in ((7, 1), (14, 2)):
+        sizes = ((7, 1), (14, 2))
+        for size, stride in (sizes[turn % 2],) if quick else sizes:
             x, basis = torch.empty(8, 960, size, size, dtype=dtype), torch.empty(960, 1, 3, 3, dtype=dtype)
             pads = [[v, v] for v in (stride, 1, 1)]
             dy = torch.empty(8, 960, 7, 7, dtype=dtype)

@@ -16,6 +16,11 @@ if not torch.cuda.is_available():  # read when the package is imported: Triton's
 
 from refconv_kernels.ops import UNAVAILABLE
 
+if UNAVAILABLE["triton"] is None:
+    from tests import interpreter
+
+    interpreter.quicken()
+
 # Examples are drawn the same way in every run: a failure is a bug to mend, never a matter of luck.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("suite")

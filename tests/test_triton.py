@@ -305,7 +305,9 @@ _GUARDED = """
 import torch
 from refconv_kernels.backends.triton import depthwise, refocus
 from tests.cases import SMALL
+from tests import interpreter
 from tests.guard import guarded
+interpreter.quicken()
 for case in SMALL:
     for layout in (torch.contiguous_format, torch.channels_last):
         if isinstance(case.padding, str):

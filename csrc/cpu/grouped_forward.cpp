@@ -109,14 +109,13 @@ inline void correlate_block(const Task<S>& t, const Vec<Compute<S>>* weight, int
     for (int c = 0; c < COLUMNS; ++c) sum[n][c] = broadcast(t.bias);
   }
   for (int64_t member = 0; member < (GROUPED ? t.p.per_group : 1); ++member) {
+#pragma GCC unroll 1
+    for (int b = 0; b < K; ++b) {
+      const T* column = from + t.offsets[b];
 #pragma GCC unroll 16
-    for (int r = 0; r < (ROWS - 1) * STRIDE + K; ++r) {
-#pragma GCC unroll 8
-      for (int b = 0; b < K; ++b) {
+      for (int r = 0; r < (ROWS - 1) * STRIDE + K; ++r) {
         Vec<T> x[COLUMNS];
-        for (int c = 0; c < COLUMNS; ++c) {
-          x[c] = in_register(load(from + r * row_pitch + t.offsets[b] + c * kLanes<T>));
-        }
+        for (int c = 0; c < COLUMNS; ++c) x[c] = in_register(load(column + r * row_pitch + c * kLanes<T>));
 #pragma GCC unroll 8
         for (int n = 0; n < ROWS; ++n) {
           const int a = r - n * STRIDE;
