@@ -8,9 +8,12 @@
 
 namespace refconv::cpu::REFCONV_ISA {
 
-constexpr int kMostTile = kVectorRegisters == 32 ? 8 : 4;  // pixels computed together
-constexpr int kLeastTile = 4;                              // as many sums as keep the multiply-adds busy
-constexpr int kMostTaps = 7;                               // of a row, in one pass over a tile
+constexpr int kMostTile = 8;   // pixels computed together
+constexpr int kLeastTile = 4;  // as many sums as keep the multiply-adds half busy
+constexpr int kMostTaps = 7;   // of a row, in one pass over a tile
+// Pixels that several taps meet wait in registers; where those are few they are operands from the first cache, and
+// all registers are sums.
+constexpr bool kKeepsPixels = kVectorRegisters == 32;
 
 // The last few rows of a map, `rows` of them, each with `left` pixels of zeros before its `width` pixels and
 // `pitch` in all.
@@ -76,15 +79,18 @@ struct TileTaps {
 // Adds what TAPS neighbouring taps of one row add to the sums of a tile.
 template <typename T, int PIXELS, int STRIDE, int TAPS>
 REFCONV_INLINE void meet_taps(Vec<T> (&sum)[PIXELS], const T* from, const T* weight, int64_t step) {
-  constexpr int kSeen = (PIXELS - 1) * STRIDE + TAPS;
+  constexpr int kSeen = (PIXELS - 1) * STRIDE + TAPS, kKept = kKeepsPixels ? kSeen : 0;
   Vec<T> pixel[kSeen];
 #pragma GCC unroll 32
-  for (int k = 0; k < kSeen; ++k) pixel[k] = in_register(load(from + k * kLanes<T>));
+  for (int k = 0; k < kKept; ++k) pixel[k] = in_register(load(from + k * kLanes<T>));
 #pragma GCC unroll 8
   for (int b = 0; b < TAPS; ++b) {
     const Vec<T> w = in_register(load(weight + b * step));
 #pragma GCC unroll 8
-    for (int n = 0; n < PIXELS; ++n) sum[n] += w * pixel[n * STRIDE + b];
+    for (int n = 0; n < PIXELS; ++n) {
+      const int k = n * STRIDE + b;
+      sum[n] += w * (kKeepsPixels ? pixel[k] : load(from + k * kLanes<T>));
+    }
   }
 }
 
@@ -137,23 +143,28 @@ template <typename T, int STRIDE, int TAPS>
 void add_products(const T* x, const T* dy, int64_t width, int64_t stride, int64_t dilation, T* total, int64_t step) {
   constexpr int64_t kLane = kLanes<T>;
   constexpr int kTogether = STRIDE == 0 ? 1 : 4, kSeen = (kTogether - 1) * STRIDE + TAPS;
-  constexpr int kSums = TAPS < 4 ? 2 : 1;  // of each tap: one sum waits for the last multiply-add
+  // Of each tap: one sum waits for the last multiply-add.
+  constexpr int kSums = STRIDE != 0 && (TAPS < 4 || !kKeepsPixels) ? 2 : 1;
   Vec<T> sum[kSums][TAPS] = {};
 #pragma GCC unroll 8
   for (int b = 0; b < TAPS; ++b) sum[0][b] = load(total + b * step);
   const auto meet = [&](int64_t j, auto together) {
     constexpr int kPixels = decltype(together)::value;
     const T* from = x + j * stride * kLane;
+    const int64_t tap_step = (STRIDE == 0 ? dilation : 1) * kLane;
     Vec<T> pixel[kSeen];
 #pragma GCC unroll 16
-    for (int k = 0; k < (kPixels - 1) * STRIDE + TAPS; ++k) {
-      pixel[k] = in_register(load(from + k * (STRIDE == 0 ? dilation : 1) * kLane));
+    for (int k = 0; kKeepsPixels && k < (kPixels - 1) * STRIDE + TAPS; ++k) {
+      pixel[k] = in_register(load(from + k * tap_step));
     }
 #pragma GCC unroll 4
     for (int n = 0; n < kPixels; ++n) {
       const Vec<T> g = in_register(load(dy + (j + n) * kLane));
 #pragma GCC unroll 8
-      for (int b = 0; b < TAPS; ++b) sum[n % kSums][b] += pixel[n * STRIDE + b] * g;
+      for (int b = 0; b < TAPS; ++b) {
+        const int k = n * STRIDE + b;
+        sum[n % kSums][b] += (kKeepsPixels ? pixel[k] : load(from + k * tap_step)) * g;
+      }
     }
   };
   int64_t j = 0;
@@ -212,12 +223,10 @@ struct Tiles {
   template <int STRIDE>
   auto of_stride() const {
     auto chosen = correlate_tile<T, kLeastTile, STRIDE>;
-    if constexpr (kMostTile == 8) {
-      if (pixels == 5) chosen = correlate_tile<T, 5, STRIDE>;
-      if (pixels == 6) chosen = correlate_tile<T, 6, STRIDE>;
-      if (pixels == 7) chosen = correlate_tile<T, 7, STRIDE>;
-      if (pixels == 8) chosen = correlate_tile<T, 8, STRIDE>;
-    }
+    if (pixels == 5) chosen = correlate_tile<T, 5, STRIDE>;
+    if (pixels == 6) chosen = correlate_tile<T, 6, STRIDE>;
+    if (pixels == 7) chosen = correlate_tile<T, 7, STRIDE>;
+    if (pixels == 8) chosen = correlate_tile<T, 8, STRIDE>;
     return chosen;
   }
 };
