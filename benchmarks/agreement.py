@@ -15,14 +15,19 @@ class Agreement:
     Args:
         expected: results in float64, by name.
         baseline: the same of the two-convolution formulation, in the type that is measured.
+        terms: by name, how many products are summed up, where the baseline sums up in an order of its own.
     """
 
-    def __init__(self, expected: Mapping[str, Tensor], baseline: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, expected: Mapping[str, Tensor], baseline: Mapping[str, Tensor], terms: Mapping[str, int] | None = None
+    ) -> None:
         self.expected = expected
         self.allowed = {}
         for name, tensor in expected.items():
-            # The floor is one unit in the last place of the largest value: the baseline may be right by luck.
-            floor = torch.finfo(baseline[name].dtype).eps * tensor.abs().max().item()
+            # The floor is one unit in the last place of the largest value: the baseline may be right by luck. Roundings
+            # of a sum add up like steps of a random walk.
+            steps = 1 if terms is None else terms[name] ** 0.5
+            floor = steps * torch.finfo(baseline[name].dtype).eps * tensor.abs().max().item()
             self.allowed[name] = 2 * self._error(name, baseline[name]) + floor
 
     def _error(self, name: str, actual: Tensor) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-KINDS = ("weight transform", "layer", "bandwidth", "training step", "optimizer step")
+KINDS = ("weight transform", "layer", "convolution", "bandwidth", "training step", "optimizer step")
 BASELINES = ("plain", "two_convolutions", "copy", "adamw")
 OWN = ("ours", "thin")
 CASES = ("depthwise", "groupwise", "dense")

@@ -16,14 +16,21 @@ constexpr int kMostTaps = 7;   // of a row, in one pass over a tile
 constexpr bool kKeepsPixels = kVectorRegisters == 32;
 
 // The last few rows of a map, `rows` of them, each with `left` pixels of zeros before its `width` pixels and
-// `pitch` in all.
+// `pitch` in all. Of the pixels only those are taken that lie a multiple of `every` from the first zero: others no tap
+// sees.
 template <typename T>
 class LaneRows {
   static constexpr int64_t kLane = kLanes<T>;
 
  public:
-  LaneRows(int64_t rows, int64_t left, int64_t width, int64_t pitch)
-      : rows_(rows), left_(left), width_(width), pitch_(most(pitch, left + width)), data_(rows * pitch_ * kLane) {}
+  LaneRows(int64_t rows, int64_t left, int64_t width, int64_t pitch, int64_t every = 1)
+      : rows_(rows),
+        left_(left),
+        width_(width),
+        pitch_(most(pitch, left + width)),
+        every_(every),
+        first_(round_up(left, every) - left),
+        data_(rows * pitch_ * kLane) {}
 
   // Row h, from the zeros on.
   T* row(int64_t h) { return data_.data() + h % rows_ * pitch_ * kLane; }
@@ -35,9 +42,9 @@ class LaneRows {
   void take(int64_t h, const S* from, int64_t step, int64_t count) {
     T* to = pixels(h);
     if (count >= kLane) {
-      for (int64_t j = 0; j < width_; ++j) store(to + j * kLane, load(from + j * step));
+      for (int64_t j = first_; j < width_; j += every_) store(to + j * kLane, load(from + j * step));
     } else {
-      for (int64_t j = 0; j < width_; ++j) store(to + j * kLane, load_partial(from + j * step, count));
+      for (int64_t j = first_; j < width_; j += every_) store(to + j * kLane, load_partial(from + j * step, count));
     }
   }
 
@@ -46,7 +53,7 @@ class LaneRows {
   template <typename S>
   void take_groups(int64_t h, const S* from, int64_t step, int64_t count, int64_t members, T* scratch) {
     if (members == 1) return take(h, from, step, count);
-    for (int64_t j = 0; j < width_; ++j) {
+    for (int64_t j = first_; j < width_; j += every_) {
       for (int64_t k = 0; k < count * members; k += kLane) {
         store(scratch + k, load_lanes(from + j * step + k, count * members - k));
       }
@@ -58,7 +65,7 @@ class LaneRows {
   }
 
  private:
-  int64_t rows_, left_, width_, pitch_;
+  int64_t rows_, left_, width_, pitch_, every_, first_;
   Scratch<T> data_;
 };
 

@@ -4,6 +4,8 @@
 // threads, and they are added up in order: the result is the same for any number of threads.
 // Bytes: reads x and dy once, writes dx once.
 // Accumulation: dx in the compute type; dW and dbias in it over a strip of rows, then in double.
+#include <numeric>
+
 #include "entry_points.h"
 #include "nhwc.h"
 #include "nhwc_3x3.h"
@@ -85,7 +87,8 @@ NhwcBackward<S>::NhwcBackward(const GroupedProblem& p, bool need_input, bool nee
       lattices_(p),
       strip_(strip_of<S>(p)),
       left_(zeros_before(lattices_, p)),
-      x_(p.per_group, p.pad_w, p.in_w, (p.out_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1),
+      x_(p.per_group, p.pad_w, p.in_w, (p.out_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1,
+         std::gcd(p.stride_w, p.dilation_w)),
       dy_(least(p.out_h, (p.kernel_h - 1) * p.dilation_h / p.stride_h + 1) * p.multiplier, left_, p.out_w,
           left_ + p.out_w + zeros_behind(lattices_, p)),
       output_(most(kLeastTile, ceil_div(p.in_w, p.stride_w)), p.per_group),

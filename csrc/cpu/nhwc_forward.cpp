@@ -1,6 +1,8 @@
 // Convolution with few channels per group, or one (depthwise), on channels_last feature maps, forward.
 //
 // Bytes: reads x and writes y once.
+#include <numeric>
+
 #include "entry_points.h"
 #include "nhwc.h"
 #include "nhwc_3x3.h"
@@ -46,7 +48,7 @@ NhwcForward<S>::NhwcForward(const GroupedProblem& p)
       strip_(most(1, kStripBytes / (p.stride_h * p.in_w * p.channels * static_cast<int64_t>(sizeof(S))))),
       tiles_(p.out_w, p.stride_w, p.dilation_w),
       x_(least(span_of(p), p.in_h) * p.per_group, p.pad_w, p.in_w,
-         (tiles_.padded() - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1),
+         (tiles_.padded() - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1, std::gcd(p.stride_w, p.dilation_w)),
       output_(tiles_.padded(), p.multiplier),
       met_(p.multiplier * p.per_group * p.kernel_h),
       start_(p.multiplier),
@@ -56,6 +58,7 @@ template <typename S>
 void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows,
                                Maps maps) {
   const int64_t x_pitch = p_.in_w * p_.channels, y_step = p_.out_channels(), y_pitch = p_.out_w * y_step;
+  const int64_t every = std::gcd(p_.stride_h, p_.dilation_h);  // of the rows that one of y spans, those it may meet
   const int64_t after = least(p_.in_h, (i + rows - 1) * p_.stride_h - p_.pad_h + span_of(p_));
   Next<S> next_x{x + after * x_pitch, maps == Maps::kCached ? 0 : p_.stride_h * p_.stride_w * p_.per_group};
   Next<S> next_y{y + (i + rows) * y_pitch, maps == Maps::kMemory ? 1 : 0};
@@ -67,6 +70,7 @@ void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bi
     for (int64_t row = i, taken = 0; row < i + rows; ++row) {
       const int64_t h = row * p_.stride_h - p_.pad_h;
       for (taken = most(taken, h); taken < least(p_.in_h, h + span_of(p_)); ++taken) {
+        if ((taken - h) % every != 0) continue;
         const S* from = x + taken * x_pitch + g * p_.per_group;
         x_.take_groups(taken, from, p_.channels, count, p_.per_group, pixel_.data());
       }
