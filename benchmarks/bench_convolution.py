@@ -82,8 +82,8 @@ def _tensors(problem: Problem, batch: int, layout: torch.memory_format) -> tuple
     """Input, weight and the gradient of the output."""
     torch.manual_seed(0)
     x = torch.randn(batch, problem.channels, problem.size, problem.size, dtype=problem.dtype)
-    outputs = problem.channels // problem.per_group * problem.multiplier * problem.per_group
-    weight = torch.randn(outputs, problem.per_group, problem.kernel, problem.kernel, dtype=problem.dtype)
+    shape = problem.channels * problem.multiplier, problem.per_group, problem.kernel, problem.kernel
+    weight = torch.randn(shape, dtype=problem.dtype)
     y = F.conv2d(x.to("meta"), weight.to("meta"), None, **problem.options)
     grad = torch.randn(y.shape).to(problem.dtype)
     return x.contiguous(memory_format=layout).requires_grad_(), weight.requires_grad_(), grad.to(memory_format=layout)
@@ -100,12 +100,8 @@ def _check(problem: Problem, x: Tensor, weight: Tensor, grad: Tensor) -> None:
 
     with one_thread():
         expected = results(F.conv2d, torch.float64)
-    taps, (images, outputs, height, width) = problem.kernel**2, grad[:CHECKED].shape
-    terms = {
-        "y": taps * problem.per_group,
-        "x": taps * outputs * problem.per_group // problem.channels,
-        "weight": images * height * width,
-    }
+    window = problem.kernel**2 * problem.per_group
+    terms = {"y": window, "x": window * problem.multiplier, "weight": grad[:CHECKED, 0].numel()}
     Agreement(expected, results(F.conv2d, problem.dtype), terms).require("ours", results(conv2d, problem.dtype))
 
 

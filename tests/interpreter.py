@@ -1,4 +1,4 @@
-"""Triton's interpreter in a third of its time: without what it does again and again, and what no test needs."""
+"""Triton's interpreter in less than half of its time: without what it does again and again, and what no test needs."""
 
 from __future__ import annotations
 

@@ -251,10 +251,8 @@ _GUARDED = """
 import torch
 from refconv_kernels.backends.triton import thin
 from tests.cases import SMALL, Case
-from tests import interpreter
 from tests.guard import guarded
 from tests.test_triton_thin import tensors_of
-interpreter.quicken()
 for case in [*SMALL[:2], *SMALL[4:], Case("5x5", 2, 2, (5, 5), 2, padding=(2, 2), height=5, width=4)]:
     for layout in (torch.contiguous_format, torch.channels_last):
         if isinstance(case.padding, str):
