@@ -135,6 +135,7 @@ def test_a_problem_is_explained(capsys: pytest.CaptureFixture, arguments: list[s
         ("grouped_conv2d", "2,8,7,7", "8,1,3,3", ["--channels-last"], "by channels_last rows, 3x3"),
         ("grouped_conv2d", "2,8,7,7", "8,1,5,5", ["--channels-last"], "by channels_last tiles"),
         ("grouped_conv2d", "2,8,7,7", "16,1,3,3", ["--channels-last", "--groups", "8"], "by channels_last tiles"),
+        ("grouped_conv2d", "2,8,7,7", "8,1,2,2", ["--channels-last"], "by channels_last pixels, without a copy"),
         ("grouped_conv2d", "2,8,7,7", "8,4,3,3", ["--channels-last", "--groups", "2"], "by channels_last tiles"),
         ("grouped_conv2d", "2,8,7,7", "8,2,3,3", ["--groups", "4"], "by padded planes of a group"),
         ("refocus_weight", None, "8,1,3,3", [], "as a product with the unfolded basis: rows of 72 entries"),

@@ -96,13 +96,14 @@ void set_instruction_set(const std::string& name) {
 const InstructionSet& instruction_set_for_rows(int64_t width, int64_t element_bytes) {
   const InstructionSet* best = &instruction_set();
   if (named().load(std::memory_order_relaxed) != nullptr) return *best;
-  const auto padded = [&](const InstructionSet& set) {
+  // In halves of what a vector of 32 bytes takes.
+  const auto time = [&](const InstructionSet& set) {
     const int64_t lanes = set.vector_bytes / element_bytes;
-    return (width + lanes - 1) / lanes * lanes;
+    return (width + lanes - 1) / lanes * (set.vector_bytes < 64 ? 2 : has_half_width_units() ? 4 : 3);
   };
   for (const InstructionSet* set : found()) {
     const bool fused = set != found().back();  // "portable", the last one, has no fused multiply-add
-    if (fused && padded(*set) < padded(*best)) best = set;
+    if (fused && time(*set) < time(*best)) best = set;
   }
   return *best;
 }

@@ -5,9 +5,8 @@
 //
 // A plane (of a group: each of its input planes) is first copied into zero-padded scratch that stays in cache, the
 // columns of each row sorted by their remainder modulo stride_w: every tap of every output row is then one contiguous
-// vector load, for any stride, dilation and padding. Square kernels of 3, 5 and 7 with vertical stride 1 or 2 and no
-// vertical dilation compute a block of output rows and columns at once, so that a loaded vector and a loaded weight
-// serve several outputs.
+// vector load, for any stride, dilation and padding. Some rows and columns of output are computed at once, rows that
+// share rows of input, so that a loaded vector and a loaded weight serve several outputs.
 #include "elements.h"
 #include "entry_points.h"
 #include "planes_3x3.h"
@@ -17,8 +16,6 @@
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
-
-constexpr int kMostPerGroup = 16;  // input channels of a group whose weights are spread over vectors beforehand
 
 // The padded plane. Row r, column q of the padded input lies at
 // data[(r * stride_w + q % stride_w) * pitch + q / stride_w].
@@ -97,128 +94,158 @@ struct Task {
   const S* next;  // the input plane after this one, to be fetched meanwhile
 };
 
-// ROWS x COLUMNS vectors of output from row i, column j on, for a square kernel K, stride_h STRIDE, dilation_h 1.
-// Every vector of input is loaded once per column for all the rows that it belongs to.
-template <typename S, int K, int STRIDE, bool GROUPED, int ROWS, int COLUMNS>
-inline void correlate_block(const Task<S>& t, const Vec<Compute<S>>* weight, int64_t i, int64_t j) {
+// Where rows of output share rows of input: the row of tap a + taps_apart of one output row is that of tap a of the
+// output row `rows_apart` further. Taps with equal remainders modulo taps_apart are a phase.
+struct Sharing {
+  int64_t rows_apart, taps_apart, taps, more;  // so many taps in each phase, and one more in the first `more` phases
+  explicit Sharing(const GroupedProblem& p) {
+    const int64_t common = gcd(p.stride_h, p.dilation_h);
+    rows_apart = p.dilation_h / common, taps_apart = p.stride_h / common;
+    taps = p.kernel_h / taps_apart, more = p.kernel_h % taps_apart;
+  }
+};
+
+// Adds what the taps of one phase and one column add to ROWS rows of COLUMNS vectors: row n meets row n + a of x with
+// tap a. Every vector of x is loaded once. TAPS 0: any number of taps from ROWS on.
+template <int TAPS, typename T, int ROWS, int COLUMNS>
+REFCONV_INLINE void meet_column(Vec<T> (&sum)[ROWS][COLUMNS], const T* x, int64_t x_step, const T* weight,
+                                int64_t weight_step, int64_t taps) {
+  Vec<T> w[ROWS] = {};                         // the last taps, the newest first
+  const auto row = [&](int first, int last) {  // the rows of output that meet it, and the next row
+    Vec<T> v[COLUMNS];
+#pragma GCC unroll 4
+    for (int c = 0; c < COLUMNS; ++c) v[c] = in_register(load(x + c * kLanes<T>));
+#pragma GCC unroll 8
+    for (int n = first; n <= last; ++n) {
+#pragma GCC unroll 4
+      for (int c = 0; c < COLUMNS; ++c) sum[n][c] += w[n] * v[c];
+    }
+    x += x_step;
+  };
+  const auto next_tap = [&] {
+#pragma GCC unroll 8
+    for (int n = ROWS - 1; n > 0; --n) w[n] = w[n - 1];
+    w[0] = in_register(broadcast(*weight));
+    weight += weight_step;
+  };
+  const auto no_tap = [&] {
+#pragma GCC unroll 8
+    for (int n = ROWS - 1; n > 0; --n) w[n] = w[n - 1];
+  };
+  if constexpr (TAPS > 0) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS + TAPS - 1; ++r) {
+      r < TAPS ? next_tap() : no_tap();
+      row(r < TAPS ? 0 : r - TAPS + 1, r < ROWS ? r : ROWS - 1);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS - 1; ++r) next_tap(), row(0, r);
+#pragma GCC unroll 1
+    for (int64_t a = ROWS - 1; a < taps; ++a) next_tap(), row(0, ROWS - 1);
+#pragma GCC unroll 8
+    for (int r = 1; r < ROWS; ++r) no_tap(), row(r, ROWS - 1);
+  }
+}
+
+constexpr int kAnyHeight = 0, kFewTaps = -1;  // kFewTaps: less than 4 in a phase, which share too little
+
+// Adds what all taps of a kernel add to ROWS rows of COLUMNS vectors. HEIGHT is that of the kernel in PHASES phases, or
+// kAnyHeight in any number of them.
+template <int HEIGHT, int PHASES, typename S, typename T, int ROWS, int COLUMNS>
+REFCONV_INLINE void meet_columns(Vec<T> (&sum)[ROWS][COLUMNS], const Task<S>& t, const Sharing& sharing, const T* plane,
+                                 const T* weight) {
+  const int64_t phases = PHASES > 0 ? PHASES : sharing.taps_apart, width = t.p.kernel_w;
+  const int64_t tap_step = t.p.dilation_h * t.plane.row_pitch(), x_step = phases * tap_step;
+  const int64_t weight_step = phases * width;
+#pragma GCC unroll 1
+  for (int64_t b = 0; b < width; ++b) {
+    const T *x = plane + t.offsets[b], *w = weight + b;
+    if constexpr (PHASES > 0) meet_column<(HEIGHT + PHASES - 1) / PHASES>(sum, x, x_step, w, weight_step, 0);
+    if constexpr (PHASES == 2) meet_column<HEIGHT / 2>(sum, x + tap_step, x_step, w + width, weight_step, 0);
+    for (int64_t f = 0; HEIGHT == kAnyHeight && f < phases; ++f, x += tap_step, w += width) {
+      meet_column<0>(sum, x, x_step, w, weight_step, sharing.taps + (f < sharing.more ? 1 : 0));
+    }
+  }
+}
+
+// COLUMNS vectors from column j on of ROWS rows of output, i and those that share rows of input with it. HEIGHT may
+// be kFewTaps, too.
+template <typename S, int HEIGHT, int PHASES, int ROWS, int COLUMNS>
+void correlate_block(const Task<S>& t, const Sharing& sharing, int64_t i, int64_t j) {
   using T = Compute<S>;
-  const T* from = t.scratch + i * t.plane.row_step() + j;
-  const int64_t row_pitch = t.plane.row_pitch();
+  const GroupedProblem& p = t.p;
   Vec<T> sum[ROWS][COLUMNS];
+#pragma GCC unroll 8
   for (int n = 0; n < ROWS; ++n) {
+#pragma GCC unroll 4
     for (int c = 0; c < COLUMNS; ++c) sum[n][c] = broadcast(t.bias);
   }
-  for (int64_t member = 0; member < (GROUPED ? t.p.per_group : 1); ++member) {
-#pragma GCC unroll 1
-    for (int b = 0; b < K; ++b) {
-      const T* column = from + t.offsets[b];
-#pragma GCC unroll 16
-      for (int r = 0; r < (ROWS - 1) * STRIDE + K; ++r) {
-        Vec<T> x[COLUMNS];
-        for (int c = 0; c < COLUMNS; ++c) x[c] = in_register(load(column + r * row_pitch + c * kLanes<T>));
+  const T *plane = t.scratch + i * t.plane.row_step() + j, *weight = t.weight;
+  for (int64_t m = 0; m < p.per_group; ++m, plane += t.plane.size(), weight += p.taps()) {
+    if constexpr (HEIGHT == kFewTaps) {
+      const int64_t row_step = sharing.rows_apart * t.plane.row_step();
+      for (int64_t tap = 0; tap < p.taps(); ++tap) {
+        const Vec<T> w = broadcast(weight[tap]);
+        const T* x = plane + t.offsets[tap];
 #pragma GCC unroll 8
         for (int n = 0; n < ROWS; ++n) {
-          const int a = r - n * STRIDE;
-          if (a < 0 || a >= K) continue;
-          for (int c = 0; c < COLUMNS; ++c) sum[n][c] += weight[a * K + b] * x[c];
+#pragma GCC unroll 4
+          for (int c = 0; c < COLUMNS; ++c) sum[n][c] += w * load(x + n * row_step + c * kLanes<T>);
         }
       }
+    } else {
+      meet_columns<HEIGHT, PHASES>(sum, t, sharing, plane, weight);
     }
-    if constexpr (GROUPED) from += t.plane.size(), weight += K * K;
   }
+#pragma GCC unroll 8
   for (int n = 0; n < ROWS; ++n) {
-    S* to = t.y + (i + n) * t.p.out_w + j;
+    S* row = t.y + (i + n * sharing.rows_apart) * p.out_w;
+    // What is written beyond a row falls on the start of the next one, which has to come later.
+    const S* end = sharing.rows_apart == 1 ? t.end : row + p.out_w;
+#pragma GCC unroll 4
     for (int c = COLUMNS - 1; c >= 0; --c) {
-      store_ahead(to + c * kLanes<T>, sum[n][c], t.p.out_w - j - c * kLanes<T>, t.end);
+      store_ahead(row + j + c * kLanes<T>, sum[n][c], p.out_w - j - c * kLanes<T>, end);
     }
   }
 }
 
-template <typename S, int K, int STRIDE, bool GROUPED, int ROWS>
-int64_t correlate_rows(const Task<S>& t, const Vec<Compute<S>>* weight, int64_t i) {
+// As many rows of output from row i on as make whole blocks; the first one that is left.
+template <typename S, int HEIGHT, int PHASES, int ROWS>
+int64_t correlate_rows(const Task<S>& t, const Sharing& sharing, int64_t i) {
   constexpr int64_t kLane = kLanes<Compute<S>>;
-  for (; i + ROWS <= t.p.out_h; i += ROWS) {
-    prefetch(t.next + i * STRIDE * t.p.in_w, ROWS * STRIDE * t.p.in_w);
-    // From right to left: what whole vectors write beyond a row falls on the start of the next one.
-    int64_t vectors = ceil_div(t.p.out_w, kLane);
-    for (; vectors >= 2; vectors -= 2) {
-      correlate_block<S, K, STRIDE, GROUPED, ROWS, 2>(t, weight, i, (vectors - 2) * kLane);
+  const int64_t rows = ROWS == 1 ? 1 : ROWS * sharing.rows_apart;
+  for (; i + rows <= t.p.out_h; i += rows) {
+    prefetch(t.next + i * t.p.stride_h * t.p.in_w, rows * t.p.stride_h * t.p.in_w);
+    for (int64_t row = i; row < i + rows / ROWS; ++row) {
+      // From right to left, too, lest a vector falls on what was written.
+      int64_t vectors = ceil_div(t.p.out_w, kLane);
+      for (; vectors >= 2; vectors -= 2)
+        correlate_block<S, HEIGHT, PHASES, ROWS, 2>(t, sharing, row, (vectors - 2) * kLane);
+      if (vectors == 1) correlate_block<S, HEIGHT, PHASES, ROWS, 1>(t, sharing, row, 0);
     }
-    if (vectors == 1) correlate_block<S, K, STRIDE, GROUPED, ROWS, 1>(t, weight, i, 0);
   }
   return i;
 }
 
-template <typename S, int K, int STRIDE, bool GROUPED>
+template <typename S, int HEIGHT, int PHASES>
 void correlate(const Task<S>& t) {
-  using T = Compute<S>;
-  constexpr int kMembers = GROUPED ? kMostPerGroup : 1;
-  Vec<T> weight[kMembers * K * K];
-  for (int n = 0; n < (GROUPED ? t.p.per_group : 1) * K * K; ++n) weight[n] = broadcast(t.weight[n]);
-  int64_t i = correlate_rows<S, K, STRIDE, GROUPED, 4>(t, weight, 0);
-  i = correlate_rows<S, K, STRIDE, GROUPED, 2>(t, weight, i);
-  correlate_rows<S, K, STRIDE, GROUPED, 1>(t, weight, i);
-}
-
-// ROWS x COLUMNS vectors of output from row i, column j on, for any kernel size, stride and dilation.
-template <typename S, int ROWS, int COLUMNS>
-inline void correlate_any_block(const Task<S>& t, int64_t i, int64_t j) {
-  using T = Compute<S>;
-  const int64_t row_step = t.plane.row_step();
-  const T *from = t.scratch + i * row_step + j, *weight = t.weight;
-  Vec<T> sum[ROWS][COLUMNS];
-  for (int n = 0; n < ROWS; ++n) {
-    for (int c = 0; c < COLUMNS; ++c) sum[n][c] = broadcast(t.bias);
-  }
-  for (int64_t m = 0; m < t.p.per_group; ++m, weight += t.p.taps(), from += t.plane.size()) {
-    for (int64_t tap = 0; tap < t.p.taps(); ++tap) {
-      const Vec<T> w = broadcast(weight[tap]);
-      const T* x = from + t.offsets[tap];
-      for (int n = 0; n < ROWS; ++n) {
-        for (int c = 0; c < COLUMNS; ++c) sum[n][c] += w * load(x + n * row_step + c * kLanes<T>);
-      }
-    }
-  }
-  for (int n = 0; n < ROWS; ++n) {
-    S* to = t.y + (i + n) * t.p.out_w + j;
-    for (int c = COLUMNS - 1; c >= 0; --c) {
-      store_ahead(to + c * kLanes<T>, sum[n][c], t.p.out_w - j - c * kLanes<T>, t.end);
-    }
-  }
-}
-
-template <typename S, int ROWS>
-int64_t correlate_any_rows(const Task<S>& t, int64_t i) {
-  constexpr int64_t kLane = kLanes<Compute<S>>;
-  for (; i + ROWS <= t.p.out_h; i += ROWS) {
-    int64_t vectors = ceil_div(t.p.out_w, kLane);  // from right to left, as in correlate_rows
-    for (; vectors >= 2; vectors -= 2) correlate_any_block<S, ROWS, 2>(t, i, (vectors - 2) * kLane);
-    if (vectors == 1) correlate_any_block<S, ROWS, 1>(t, i, 0);
-  }
-  return i;
+  const Sharing sharing(t.p);
+  int64_t i = correlate_rows<S, HEIGHT, PHASES, 4>(t, sharing, 0);
+  i = correlate_rows<S, HEIGHT, PHASES, 2>(t, sharing, i);
+  correlate_rows<S, HEIGHT, PHASES, 1>(t, sharing, i);
 }
 
 template <typename S>
-void correlate_any(const Task<S>& t) {
-  const int64_t i = correlate_any_rows<S, 4>(t, 0);
-  correlate_any_rows<S, 1>(t, i);
-}
-
-template <typename S, bool GROUPED, int K>
-auto square(int64_t stride_h) {
-  return stride_h == 1 ? correlate<S, K, 1, GROUPED> : stride_h == 2 ? correlate<S, K, 2, GROUPED> : correlate_any<S>;
-}
-
-template <typename S, bool GROUPED>
 auto correlation(const GroupedProblem& p) {
-  if (p.kernel_h == p.kernel_w && p.dilation_h == 1 && p.per_group <= kMostPerGroup) {
-    if (p.kernel_h == 3) return square<S, GROUPED, 3>(p.stride_h);
-    if constexpr (!GROUPED) {  // those of groups are rare, and every one is code for each instruction set
-      if (p.kernel_h == 5) return square<S, GROUPED, 5>(p.stride_h);
-      if (p.kernel_h == 7) return square<S, GROUPED, 7>(p.stride_h);
-    }
+  const Sharing sharing(p);
+  const auto of = [&](auto one, auto two) { return sharing.taps_apart == 1 ? one : two; };
+  if (sharing.taps_apart <= 2) {
+    if (p.kernel_h == 3) return of(correlate<S, 3, 1>, correlate<S, 3, 2>);
+    if (p.kernel_h == 5) return of(correlate<S, 5, 1>, correlate<S, 5, 2>);
+    if (p.kernel_h == 7) return of(correlate<S, 7, 1>, correlate<S, 7, 2>);
   }
-  return correlate_any<S>;
+  return sharing.taps < 4 ? correlate<S, kFewTaps, 0> : correlate<S, kAnyHeight, 0>;
 }
 
 }  // namespace
@@ -232,7 +259,7 @@ void grouped_forward(const GroupedProblem& p, const S* x, const S* weight, const
     return (p.stride_h == 1 ? forward_3x3<S, 1> : forward_3x3<S, 2>)(p, x, weight, bias, y, begin, end);
   }
   const Plane plane = Plane::of<T>(p);
-  const auto run = p.per_group == 1 ? correlation<S, false>(p) : correlation<S, true>(p);
+  const auto run = correlation<S>(p);
   const bool streamed = streams(p.batch * p.out_channels() * p.out_size() * static_cast<int64_t>(sizeof(S)));
   Scratch<T> scratch(p.per_group * plane.size()), kernel(p.per_group * p.taps());
   Scratch<S> out(streamed ? p.out_size() : 0);

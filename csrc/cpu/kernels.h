@@ -148,10 +148,17 @@ template <> inline FusedSgdKernel<double> Kernels::fused_sgd() const { return fu
          p.stride_w <= 2 && p.pad_h <= 1 && p.pad_w <= 1 && p.dilation_h == 1 && p.dilation_w == 1;
 }
 
+// Whether the forward of channels_last maps reads pixels where they are (nhwc_direct.h): each is met so few times that
+// copying rows before would be most of the work.
+[[maybe_unused]] static bool has_nhwc_direct(const GroupedProblem& p) {
+  constexpr int64_t kFew = 4;
+  return p.multiplier == 1 && p.per_group == 1 && p.taps() <= kFew * p.stride_h * p.stride_w && !has_nhwc_3x3(p);
+}
+
 // Whether planes are so small that a block of channels is turned into the lanes of vectors (turned_planes.cpp).
 [[maybe_unused]] static bool has_turned_planes(const GroupedProblem& p) {
   // Pixels of x and y. For a few taps, the turned maps of a block of channels should stay near the first cache.
-  const int64_t most = p.taps() >= 49 ? 6400 : 400;
+  const int64_t most = p.taps() >= 49 || (p.stride_w > 2 && p.channels >= 16) ? 6400 : 400;
   return p.per_group == 1 && p.multiplier == 1 && p.in_size() + p.out_size() <= most && !has_planes_3x3(p);
 }
 
@@ -170,8 +177,9 @@ const InstructionSet& instruction_set();
 // std::invalid_argument when `name` was not compiled in or does not run on this machine.
 void set_instruction_set(const std::string& name);
 
-// For rows of `width` elements of `element_bytes`: unless one was named, the one whose vectors they fill best,
-// the wider of equals. Rows of 7 floats fill 7 of 8 lanes with AVX2, 7 of 16 with AVX-512.
+// For rows of `width` elements of `element_bytes`: unless one was named, the one whose vectors take the least time, the
+// wider of equals. A row of 7 floats is one vector with either of two widths; one of 56 is 4 of 64 bytes or 7 of 32,
+// which take longer, unless the processor computes the wide ones in halves.
 const InstructionSet& instruction_set_for_rows(int64_t width, int64_t element_bytes);
 // The size of the last cache, that of 32 MB where the processor does not say.
 int64_t last_cache_bytes();

@@ -13,10 +13,8 @@ struct LatticeTaps {
 };
 
 inline LatticeTaps lattice_taps(int64_t f, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  LatticeTaps taps{0, 0, stride, 0, dilation};
-  for (int64_t d = 2; d <= taps.step && d <= dilation; ++d) {  // step = stride / gcd, shift = dilation / gcd
-    while (taps.step % d == 0 && taps.shift % d == 0) taps.step /= d, taps.shift /= d;
-  }
+  const int64_t common = gcd(stride, dilation);
+  LatticeTaps taps{0, 0, stride / common, 0, dilation / common};
   for (int64_t t = 0; t < kernel; ++t) {
     if ((f + pad - t * dilation) % stride != 0) continue;
     ++taps.count;

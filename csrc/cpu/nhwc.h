@@ -153,5 +153,18 @@ inline void clip(int64_t first, int64_t step, int64_t size, int64_t taps, int64_
   if (*end < *begin) *end = *begin;
 }
 
+// Whether, with so many zeros before a row, some taps meet nothing else at all pixels of the first tile.
+inline bool meets_only_zeros(int64_t pixels, int64_t stride, int64_t zeros) { return (pixels - 1) * stride < zeros; }
+// The taps *begin to *end - 1, of `*end`, that meet [0, size) at some pixel of a tile, the first of which begins at
+// `first`.
+inline void clip_tile(int64_t pixels, int64_t stride, int64_t first, int64_t step, int64_t size, int64_t* begin,
+                      int64_t* end) {
+  int64_t unused;
+  const int64_t taps = *end;
+  clip(first, step, size, taps, &unused, end);
+  clip(first + (pixels - 1) * stride, step, size, taps, begin, &unused);
+  *end = most(*begin, *end);
+}
+
 }  // namespace
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -4,8 +4,6 @@
 // threads, and they are added up in order: the result is the same for any number of threads.
 // Bytes: reads x and dy once, writes dx once.
 // Accumulation: dx in the compute type; dW and dbias in it over a strip of rows, then in double.
-#include <numeric>
-
 #include "entry_points.h"
 #include "nhwc.h"
 #include "nhwc_3x3.h"
@@ -88,7 +86,7 @@ NhwcBackward<S>::NhwcBackward(const GroupedProblem& p, bool need_input, bool nee
       strip_(strip_of<S>(p)),
       left_(zeros_before(lattices_, p)),
       x_(p.per_group, p.pad_w, p.in_w, (p.out_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1,
-         std::gcd(p.stride_w, p.dilation_w)),
+         gcd(p.stride_w, p.dilation_w)),
       dy_(least(p.out_h, (p.kernel_h - 1) * p.dilation_h / p.stride_h + 1) * p.multiplier, left_, p.out_w,
           left_ + p.out_w + zeros_behind(lattices_, p)),
       output_(most(kLeastTile, ceil_div(p.in_w, p.stride_w)), p.per_group),
@@ -135,22 +133,43 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
       if (need_weight_ && met > 0) {              // the sums lie as the weights do
         x_.take_groups(0, x + row * x_pitch + g * p_.per_group, p_.channels, count, p_.per_group, pixel_.data());
         for (int64_t k = 0; k < met; ++k) {
-          add(x_.row(k / of_one), met_[k].pixels + left_ * kLane, p_.out_w, p_.stride_w, p_.dilation_w, p_.kernel_w,
-              total.data + (met_[k].weight - weight.data), total.step);
+          const T *pixels = x_.row(k / of_one), *dy = met_[k].pixels + left_ * kLane;
+          T* sums = total.data + (met_[k].weight - weight.data);
+          for (int64_t b = 0; b < p_.kernel_w; b += kMostTaps) {
+            const int64_t taps = least(kMostTaps, p_.kernel_w - b);
+            // Outputs that meet a pixel with one of them: large kernels have taps that meet mostly zeros.
+            const int64_t first = p_.kernel_w <= kMostTaps
+                                      ? 0
+                                      : most(0, ceil_div(p_.pad_w - (b + taps - 1) * p_.dilation_w, p_.stride_w));
+            const int64_t last = p_.kernel_w <= kMostTaps
+                                     ? p_.out_w
+                                     : least(p_.out_w, ceil_div(p_.in_w + p_.pad_w - b * p_.dilation_w, p_.stride_w));
+            if (first >= last) continue;
+            add(pixels + (first * p_.stride_w + b * p_.dilation_w) * kLane, dy + first * kLane, last - first,
+                p_.stride_w, p_.dilation_w, taps, sums + b * total.step, total.step);
+          }
         }
       }
       for (int64_t f = 0; need_input_ && f < p_.stride_w; ++f) {
         const LatticeTaps& columns = lattices_.columns[f];
         const Tiles<T> tiles(ceil_div(p_.in_w - f, p_.stride_w), 1, columns.shift);
-        output_.write(
-            tiles, grad_x + row * x_pitch + f * p_.channels + g * p_.per_group, p_.stride_w * p_.channels, count,
-            maps == Maps::kAround, [&](int64_t m, int64_t v, T* to, int64_t to_step, bool around) {
-              const TileTaps<T> seen{
-                  met_.data() + m * of_one,   of_one, columns.count, 1, columns.shift, columns.last * weight.step,
-                  -columns.step * weight.step};
-              tiles.correlate(seen, (v + columns.first_dy + left_) * kLane, Vec<T>{}, to, to_step, around);
-              next_x.fetch(tiles.pixels), next_dx.fetch(tiles.pixels);
-            });
+        const bool clips = meets_only_zeros(tiles.pixels, 1, -columns.first_dy);
+        output_.write(tiles, grad_x + row * x_pitch + f * p_.channels + g * p_.per_group, p_.stride_w * p_.channels,
+                      count, maps == Maps::kAround, [&](int64_t m, int64_t v, T* to, int64_t to_step, bool around) {
+                        int64_t left = 0, right = columns.count;
+                        if (clips)
+                          clip_tile(tiles.pixels, 1, v + columns.first_dy, columns.shift, p_.out_w, &left, &right);
+                        const TileTaps<T> seen{met_.data() + m * of_one,
+                                               of_one,
+                                               right - left,
+                                               1,
+                                               columns.shift,
+                                               (columns.last - left * columns.step) * weight.step,
+                                               -columns.step * weight.step};
+                        tiles.correlate(seen, (v + columns.first_dy + left * columns.shift + left_) * kLane, Vec<T>{},
+                                        to, to_step, around);
+                        next_x.fetch(tiles.pixels), next_dx.fetch(tiles.pixels);
+                      });
       }
       if (row % p_.stride_h == 0) next_dy.fetch(p_.out_w);
       if (!need_input_) next_x.fetch(p_.in_w * p_.per_group);

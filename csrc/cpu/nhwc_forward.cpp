@@ -1,11 +1,10 @@
 // Convolution with few channels per group, or one (depthwise), on channels_last feature maps, forward.
 //
 // Bytes: reads x and writes y once.
-#include <numeric>
-
 #include "entry_points.h"
 #include "nhwc.h"
 #include "nhwc_3x3.h"
+#include "nhwc_direct.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
@@ -48,7 +47,7 @@ NhwcForward<S>::NhwcForward(const GroupedProblem& p)
       strip_(most(1, kStripBytes / (p.stride_h * p.in_w * p.channels * static_cast<int64_t>(sizeof(S))))),
       tiles_(p.out_w, p.stride_w, p.dilation_w),
       x_(least(span_of(p), p.in_h) * p.per_group, p.pad_w, p.in_w,
-         (tiles_.padded() - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1, std::gcd(p.stride_w, p.dilation_w)),
+         (tiles_.padded() - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1, gcd(p.stride_w, p.dilation_w)),
       output_(tiles_.padded(), p.multiplier),
       met_(p.multiplier * p.per_group * p.kernel_h),
       start_(p.multiplier),
@@ -58,8 +57,9 @@ template <typename S>
 void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows,
                                Maps maps) {
   const int64_t x_pitch = p_.in_w * p_.channels, y_step = p_.out_channels(), y_pitch = p_.out_w * y_step;
-  const int64_t every = std::gcd(p_.stride_h, p_.dilation_h);  // of the rows that one of y spans, those it may meet
+  const int64_t every = gcd(p_.stride_h, p_.dilation_h);  // of the rows that one of y spans, those it may meet
   const int64_t after = least(p_.in_h, (i + rows - 1) * p_.stride_h - p_.pad_h + span_of(p_));
+  const bool clips = meets_only_zeros(tiles_.pixels, p_.stride_w, p_.pad_w);
   Next<S> next_x{x + after * x_pitch, maps == Maps::kCached ? 0 : p_.stride_h * p_.stride_w * p_.per_group};
   Next<S> next_y{y + (i + rows) * y_pitch, maps == Maps::kMemory ? 1 : 0};
   for (int64_t g = 0; g < p_.groups(); g += kLanes<T>) {
@@ -83,14 +83,19 @@ void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bi
         }
       }
       const int64_t of_one = p_.per_group * (bottom - top);  // rows that an output channel meets
-      output_.write(tiles_, y + row * y_pitch + g * p_.multiplier, y_step, count, maps == Maps::kAround,
-                    [&](int64_t k, int64_t j, T* to, int64_t to_step, bool around) {
-                      const TileTaps<T> taps{
-                          met_.data() + k * of_one, of_one, p_.kernel_w, p_.stride_w, p_.dilation_w, 0, weight.step};
-                      tiles_.correlate(taps, j * p_.stride_w * kLanes<T>, start_[k], to, to_step, around);
-                      if (k == 0) next_x.fetch(tiles_.pixels);
-                      next_y.fetch(tiles_.pixels);
-                    });
+      output_.write(
+          tiles_, y + row * y_pitch + g * p_.multiplier, y_step, count, maps == Maps::kAround,
+          [&](int64_t k, int64_t j, T* to, int64_t to_step, bool around) {
+            int64_t left = 0, right = p_.kernel_w;
+            if (clips)
+              clip_tile(tiles_.pixels, p_.stride_w, j * p_.stride_w - p_.pad_w, p_.dilation_w, p_.in_w, &left, &right);
+            const TileTaps<T> taps{met_.data() + k * of_one, of_one,     right - left, p_.stride_w, p_.dilation_w,
+                                   left * weight.step,       weight.step};
+            tiles_.correlate(taps, (j * p_.stride_w + left * p_.dilation_w) * kLanes<T>, start_[k], to, to_step,
+                             around);
+            if (k == 0) next_x.fetch(tiles_.pixels);
+            next_y.fetch(tiles_.pixels);
+          });
     }
   }
 }
@@ -110,6 +115,10 @@ template <typename S>
 void NhwcForward<S>::run(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows,
                          Maps maps) {
   const bool is_3x3 = has_nhwc_3x3(p_);
+  if (has_nhwc_direct(p_)) {
+    for (int64_t row = i; row < i + rows; ++row) direct_row(p_, weight, x, bias, y, row, maps);
+    return;
+  }
   for (const int64_t end = i + rows; i < end;) {
     int64_t done = is_3x3 ? run_3x3(weight, x, bias, y, i, end - i, maps) : 0;
     if (done == 0) {

@@ -97,6 +97,19 @@ REFCONV_APART void correlate_planes_by_rows(const GroupedProblem& p, const Compu
   }
 }
 
+// Terms of dW that are added up in one lane of a register: a sum of sums loses less than one of all terms.
+constexpr int64_t kTermsInRegisters = 4096;
+
+// Adds the sums of dW in registers to those in memory, total [9][lanes], and begins anew.
+template <typename T>
+REFCONV_INLINE void move_sums(Vec<T> (&sum)[9], T* total) {
+#pragma GCC unroll 9
+  for (int t = 0; t < 9; ++t) {
+    store(total + t * kLanes<T>, load(total + t * kLanes<T>) + sum[t]);
+    sum[t] = Vec<T>{};
+  }
+}
+
 // dx of the planes of one channel in some images, and what they add to the sums of dW, total [9][lanes].
 template <typename S>
 REFCONV_APART void meet_planes_by_rows(const GroupedProblem& p, const Compute<S>* taps, const S* first_dy,
@@ -109,6 +122,7 @@ REFCONV_APART void meet_planes_by_rows(const GroupedProblem& p, const Compute<S>
   for (int64_t l = 0; l < kLane; ++l) lane[l] = static_cast<T>(l);
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) w[t] = broadcast(taps[t]), sum[t] = Vec<T>{};
+  int64_t terms = 0;
   // The lanes of a row's last vector that the one before does not have.
   const auto fresh = lane >= broadcast(static_cast<T>((kLane - width % kLane) % kLane));
   for (int64_t image = 0; image < images.count; ++image) {
@@ -160,11 +174,12 @@ REFCONV_APART void meet_planes_by_rows(const GroupedProblem& p, const Compute<S>
     int64_t i = 0;
     for (; i + kRows <= p.in_h; i += kRows, dy += kRows * width, x += kRows * width, dx += kRows * width) {
       meet_rows(std::integral_constant<int, kRows>{}, i > 0, i + kRows < p.in_h);
+      terms += kRows * width;
+      if (terms >= kTermsInRegisters * kLane) move_sums(sum, total), terms = 0;
     }
     if (i < p.in_h) meet_rows(std::integral_constant<int, 1>{}, i > 0, false);
   }
-#pragma GCC unroll 9
-  for (int t = 0; t < 9; ++t) store(total + t * kLane, load(total + t * kLane) + sum[t]);
+  move_sums(sum, total);
 }
 
 }  // namespace

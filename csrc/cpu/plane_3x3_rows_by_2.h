@@ -132,6 +132,7 @@ REFCONV_APART void meet_planes_by_rows_by_2(const GroupedProblem& p, const Compu
   for (int64_t l = 0; l < kLane; ++l) lane[l] = static_cast<T>(l);
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) w[t] = broadcast(taps[t]), sum[t] = Vec<T>{};
+  int64_t terms = 0;
   // The lanes of a row's last vector that the one before does not have.
   const auto fresh = exchange_order<T>(lane) >= broadcast(static_cast<T>((kLane - out_w % kLane) % kLane));
   for (int64_t image = 0; image < images.count; ++image) {
@@ -174,10 +175,11 @@ REFCONV_APART void meet_planes_by_rows_by_2(const GroupedProblem& p, const Compu
         if (both) meet(1, below);
         if (fetches_line<S, place()>(out_w, j)) __builtin_prefetch(dy + j + ahead.y);
       });
+      terms += out_w;
+      if (terms >= kTermsInRegisters * kLane) move_sums(sum, total), terms = 0;
     }
   }
-#pragma GCC unroll 9
-  for (int t = 0; t < 9; ++t) store(total + t * kLane, load(total + t * kLane) + sum[t]);
+  move_sums(sum, total);
 }
 
 }  // namespace

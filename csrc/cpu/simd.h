@@ -317,6 +317,7 @@ inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multi
 inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
 }  // namespace
 }  // namespace refconv::cpu::REFCONV_ISA

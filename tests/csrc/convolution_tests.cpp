@@ -230,6 +230,16 @@ void test_grouped_all(const refconv::cpu::InstructionSet& set) {
       test_grouped(kernels, isa, depthwise(channels, 1, 7, 2 * width, 3, 3, 2, 2, 1, 1, 1, 1));
     }
   }
+  // Rows of output that share rows of input, with as many taps as there are such rows, and less and more.
+  for (const int64_t kernel : {2, 3, 4, 5, 6, 9}) {
+    for (const int64_t height : {1, 5, 13}) {
+      const int64_t width = 39 + kernel;  // too many pixels for turned_planes.cpp
+      test_grouped(kernels, isa, depthwise(1, 2, height, width, kernel, kernel, 1, 1, kernel, kernel, 1, 1));
+      test_grouped(kernels, isa, depthwise(1, 2, height, width, kernel, 3, 1, 1, 2 * kernel, 1, 2, 2));
+      test_grouped(kernels, isa, depthwise(1, 2, height, width, kernel, 3, 2, 2, 3 * kernel, 1, 3, 1));
+      test_grouped(kernels, isa, depthwise(1, 2, height, width, kernel, 2, 3, 1, kernel, 1, 1, 1));
+    }
+  }
   test_grouped(kernels, isa, depthwise(4, 3, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2));
   test_grouped(kernels, isa, depthwise(1, 1, 8, 8, 3, 3, 1, 1, 5, 5, 1, 1));  // more padding than kernel
   test_grouped(kernels, isa, depthwise(1, 1, 4, 5, 3, 3, 1, 1, 99999, 99999, 99999, 99999));  // which no scratch holds
@@ -257,6 +267,17 @@ template <typename T>
 void test_nhwc_all(const refconv::cpu::InstructionSet& set) {
   const auto& kernels = set.kernels.grouped<T>();
   const std::string isa = set.name;
+  for (const int64_t width : {1, 2, 3, 4, 5, 8, 9, 17}) {  // pixels where they are: tiles of all sizes, and edges
+    for (const int64_t channels : {1, 4, 16, 35}) {
+      test_nhwc(kernels, isa, depthwise(channels, 1, 3, width, 1, 1, 1, 1, 0, 0, 1, 1));
+      test_nhwc(kernels, isa, depthwise(channels, 1, 3, width, 2, 2, 1, 1, 1, 1, 1, 1));
+      test_nhwc(kernels, isa, depthwise(channels, 1, 7, 3 * width, 3, 3, 3, 3, 1, 1, 1, 1));
+      test_nhwc(kernels, isa, depthwise(channels, 1, 7, 2 * width, 3, 3, 2, 2, 2, 2, 2, 2));
+      test_nhwc(kernels, isa, depthwise(channels, 1, 9, 4 * width, 7, 5, 4, 4, 3, 4, 1, 1));
+    }
+  }
+  test_nhwc(kernels, isa, depthwise(5, 1, 3, 9, 31, 31, 1, 1, 15, 15, 1, 1));  // taps that meet only zeros
+  test_nhwc(kernels, isa, depthwise(5, 1, 9, 12, 15, 31, 2, 2, 14, 30, 2, 2));
   for (const int64_t channels : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33}) {  // straddle the vectors
     test_nhwc(kernels, isa, depthwise(channels, 1, 6, 11, 3, 3, 1, 1, 1, 1, 1, 1));
     test_nhwc(kernels, isa, depthwise(channels, 1, 9, 10, 3, 3, 2, 2, 1, 1, 1, 1));
@@ -326,4 +347,24 @@ void test_convolutions(const InstructionSet& set) {
   test_nhwc_all<BFloat16>(set);
   test_nhwc_all<Half>(set);
   test_large(set);
+}
+
+// Vectors of 64 and 32 bytes, where there are both.
+void test_choice_for_rows() {
+  const auto sets = refconv::cpu::instruction_sets();
+  if (sets.front()->vector_bytes != 64 || sets.size() < 3) return;
+  const bool halves = refconv::cpu::has_half_width_units();
+  const auto bytes = [](int64_t width, int64_t element_bytes) {
+    return refconv::cpu::instruction_set_for_rows(width, element_bytes).vector_bytes;
+  };
+  for (const int64_t lanes : {16, 8}) {
+    const int64_t size = 64 / lanes;
+    expect("rows that either vector holds take the narrow one", bytes(lanes / 2 - 1, size) == 32);
+    expect("rows that the wide vector fills take it", bytes(lanes, size) == 64 && bytes(7 * lanes, size) == 64);
+    expect("2 wide vectors or 3 narrow ones", bytes(3 * lanes / 2, size) == (halves ? 32 : 64));
+    expect("4 wide vectors or 7 narrow ones", bytes(7 * lanes / 2, size) == (halves ? 32 : 64));
+  }
+  refconv::cpu::set_instruction_set("portable");
+  expect("the one that was named", bytes(64, 4) == 16);
+  refconv::cpu::set_instruction_set("auto");
 }
