@@ -181,13 +181,10 @@ void add_products(const T* x, const T* dy, int64_t width, int64_t stride, int64_
   for (int b = 0; b < TAPS; ++b) store(total + b * step, kSums == 2 ? sum[0][b] + sum[kSums - 1][b] : sum[0][b]);
 }
 
-// The same for a row of `taps` taps.
+// The same for `taps` neighbouring taps, at most kMostTaps.
 template <typename T, int STRIDE>
 void add_row_products(const T* x, const T* dy, int64_t width, int64_t stride, int64_t dilation, int64_t taps, T* total,
                       int64_t step) {
-  for (; taps > kMostTaps; taps -= kMostTaps, x += kMostTaps * dilation * kLanes<T>, total += kMostTaps * step) {
-    add_products<T, STRIDE, kMostTaps>(x, dy, width, stride, dilation, total, step);
-  }
   switch (taps) {
       // clang-format off
     case 1: return add_products<T, STRIDE, 1>(x, dy, width, stride, dilation, total, step);

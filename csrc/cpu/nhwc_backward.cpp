@@ -27,6 +27,23 @@ void add_rows(const GroupedProblem& p, const S* grad_y, double* totals, int64_t 
   }
 }
 
+// Adds what a row of x, from its zeros on, and one of dy add to sums of dW, `step` apart, some taps at a time by `add`.
+template <typename T, typename Add>
+void add_row(const GroupedProblem& p, const Add& add, const T* x, const T* dy, T* total, int64_t step) {
+  for (int64_t b = 0; b < p.kernel_w; b += kMostTaps) {
+    const int64_t taps = least(kMostTaps, p.kernel_w - b), offset = b * p.dilation_w;
+    int64_t first = 0, last = p.out_w;
+    // Taps of large kernels meet mostly zeros: from the first output that meets a pixel with one of them to the last.
+    if (p.kernel_w > kMostTaps) {
+      first = most(0, ceil_div(p.pad_w - offset - (taps - 1) * p.dilation_w, p.stride_w));
+      last = least(last, ceil_div(p.in_w + p.pad_w - offset, p.stride_w));
+    }
+    if (first >= last) continue;
+    add(x + (first * p.stride_w + offset) * kLanes<T>, dy + first * kLanes<T>, last - first, p.stride_w, p.dilation_w,
+        taps, total + b * step, step);
+  }
+}
+
 // Row i of x, which meets `rows` rows of dy, the first of them, h, with the row of taps `tap_row`.
 template <typename S, int STRIDE>
 void backward_row_3x3(const GroupedProblem& p, TapMajor<const Compute<S>> weight, const S* grad_y, const S* x,
@@ -133,21 +150,8 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
       if (need_weight_ && met > 0) {              // the sums lie as the weights do
         x_.take_groups(0, x + row * x_pitch + g * p_.per_group, p_.channels, count, p_.per_group, pixel_.data());
         for (int64_t k = 0; k < met; ++k) {
-          const T *pixels = x_.row(k / of_one), *dy = met_[k].pixels + left_ * kLane;
-          T* sums = total.data + (met_[k].weight - weight.data);
-          for (int64_t b = 0; b < p_.kernel_w; b += kMostTaps) {
-            const int64_t taps = least(kMostTaps, p_.kernel_w - b);
-            // Outputs that meet a pixel with one of them: large kernels have taps that meet mostly zeros.
-            const int64_t first = p_.kernel_w <= kMostTaps
-                                      ? 0
-                                      : most(0, ceil_div(p_.pad_w - (b + taps - 1) * p_.dilation_w, p_.stride_w));
-            const int64_t last = p_.kernel_w <= kMostTaps
-                                     ? p_.out_w
-                                     : least(p_.out_w, ceil_div(p_.in_w + p_.pad_w - b * p_.dilation_w, p_.stride_w));
-            if (first >= last) continue;
-            add(pixels + (first * p_.stride_w + b * p_.dilation_w) * kLane, dy + first * kLane, last - first,
-                p_.stride_w, p_.dilation_w, taps, sums + b * total.step, total.step);
-          }
+          add_row(p_, add, x_.row(k / of_one), met_[k].pixels + left_ * kLane,
+                  total.data + (met_[k].weight - weight.data), total.step);
         }
       }
       for (int64_t f = 0; need_input_ && f < p_.stride_w; ++f) {
@@ -157,8 +161,9 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
         output_.write(tiles, grad_x + row * x_pitch + f * p_.channels + g * p_.per_group, p_.stride_w * p_.channels,
                       count, maps == Maps::kAround, [&](int64_t m, int64_t v, T* to, int64_t to_step, bool around) {
                         int64_t left = 0, right = columns.count;
-                        if (clips)
+                        if (clips) {
                           clip_tile(tiles.pixels, 1, v + columns.first_dy, columns.shift, p_.out_w, &left, &right);
+                        }
                         const TileTaps<T> seen{met_.data() + m * of_one,
                                                of_one,
                                                right - left,

@@ -87,8 +87,9 @@ void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bi
           tiles_, y + row * y_pitch + g * p_.multiplier, y_step, count, maps == Maps::kAround,
           [&](int64_t k, int64_t j, T* to, int64_t to_step, bool around) {
             int64_t left = 0, right = p_.kernel_w;
-            if (clips)
+            if (clips) {
               clip_tile(tiles_.pixels, p_.stride_w, j * p_.stride_w - p_.pad_w, p_.dilation_w, p_.in_w, &left, &right);
+            }
             const TileTaps<T> taps{met_.data() + k * of_one, of_one,     right - left, p_.stride_w, p_.dilation_w,
                                    left * weight.step,       weight.step};
             tiles_.correlate(taps, (j * p_.stride_w + left * p_.dilation_w) * kLanes<T>, start_[k], to, to_step,
