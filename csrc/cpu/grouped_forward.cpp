@@ -98,10 +98,12 @@ struct Task {
 // output row `rows_apart` further. Taps with equal remainders modulo taps_apart are a phase.
 struct Sharing {
   int64_t rows_apart, taps_apart, taps, more;  // so many taps in each phase, and one more in the first `more` phases
-  explicit Sharing(const GroupedProblem& p) {
+  int64_t tap_step, row_step, plane_size;  // in scratch: to the next tap, to the next row that is shared, of a plane
+  Sharing(const GroupedProblem& p, const Plane& plane) {
     const int64_t common = gcd(p.stride_h, p.dilation_h);
     rows_apart = p.dilation_h / common, taps_apart = p.stride_h / common;
     taps = p.kernel_h / taps_apart, more = p.kernel_h % taps_apart;
+    tap_step = p.dilation_h * plane.row_pitch(), row_step = taps_apart * tap_step, plane_size = plane.size();
   }
 };
 
@@ -156,8 +158,7 @@ template <int HEIGHT, int PHASES, typename S, typename T, int ROWS, int COLUMNS>
 REFCONV_INLINE void meet_columns(Vec<T> (&sum)[ROWS][COLUMNS], const Task<S>& t, const Sharing& sharing, const T* plane,
                                  const T* weight) {
   const int64_t phases = PHASES > 0 ? PHASES : sharing.taps_apart, width = t.p.kernel_w;
-  const int64_t tap_step = t.p.dilation_h * t.plane.row_pitch(), x_step = phases * tap_step;
-  const int64_t weight_step = phases * width;
+  const int64_t tap_step = sharing.tap_step, x_step = sharing.row_step, weight_step = phases * width;
 #pragma GCC unroll 1
   for (int64_t b = 0; b < width; ++b) {
     const T *x = plane + t.offsets[b], *w = weight + b;
@@ -182,9 +183,9 @@ void correlate_block(const Task<S>& t, const Sharing& sharing, int64_t i, int64_
     for (int c = 0; c < COLUMNS; ++c) sum[n][c] = broadcast(t.bias);
   }
   const T *plane = t.scratch + i * t.plane.row_step() + j, *weight = t.weight;
-  for (int64_t m = 0; m < p.per_group; ++m, plane += t.plane.size(), weight += p.taps()) {
+  for (int64_t m = 0; m < p.per_group; ++m, plane += sharing.plane_size, weight += p.taps()) {
     if constexpr (HEIGHT == kFewTaps) {
-      const int64_t row_step = sharing.rows_apart * t.plane.row_step();
+      const int64_t row_step = sharing.row_step;
       for (int64_t tap = 0; tap < p.taps(); ++tap) {
         const Vec<T> w = broadcast(weight[tap]);
         const T* x = plane + t.offsets[tap];
@@ -230,15 +231,15 @@ int64_t correlate_rows(const Task<S>& t, const Sharing& sharing, int64_t i) {
 
 template <typename S, int HEIGHT, int PHASES>
 void correlate(const Task<S>& t) {
-  const Sharing sharing(t.p);
+  const Sharing sharing(t.p, t.plane);
   int64_t i = correlate_rows<S, HEIGHT, PHASES, 4>(t, sharing, 0);
   i = correlate_rows<S, HEIGHT, PHASES, 2>(t, sharing, i);
   correlate_rows<S, HEIGHT, PHASES, 1>(t, sharing, i);
 }
 
 template <typename S>
-auto correlation(const GroupedProblem& p) {
-  const Sharing sharing(p);
+auto correlation(const GroupedProblem& p, const Plane& plane) {
+  const Sharing sharing(p, plane);
   const auto of = [&](auto one, auto two) { return sharing.taps_apart == 1 ? one : two; };
   if (sharing.taps_apart <= 2) {
     if (p.kernel_h == 3) return of(correlate<S, 3, 1>, correlate<S, 3, 2>);
@@ -259,7 +260,7 @@ void grouped_forward(const GroupedProblem& p, const S* x, const S* weight, const
     return (p.stride_h == 1 ? forward_3x3<S, 1> : forward_3x3<S, 2>)(p, x, weight, bias, y, begin, end);
   }
   const Plane plane = Plane::of<T>(p);
-  const auto run = correlation<S>(p);
+  const auto run = correlation<S>(p, plane);
   const bool streamed = streams(p.batch * p.out_channels() * p.out_size() * static_cast<int64_t>(sizeof(S)));
   Scratch<T> scratch(p.per_group * plane.size()), kernel(p.per_group * p.taps());
   Scratch<S> out(streamed ? p.out_size() : 0);
