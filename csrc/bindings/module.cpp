@@ -57,6 +57,8 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("width"), pybind11::arg("element_bytes"),
       "The instruction set that a grouped convolution with output rows of `width` elements gets.");
+  m.def("has_half_width_units", &refconv::cpu::has_half_width_units,
+        "Whether the processor computes vectors of 64 bytes in two halves.");
   m.def("grouped_kernel", &refconv::bindings::grouped_kernel, pybind11::arg("input"), pybind11::arg("weight"),
         pybind11::arg("stride"), pybind11::arg("padding"), pybind11::arg("dilation"), pybind11::arg("channels_last"),
         pybind11::arg("element_bytes"), "The kernel that runs a convolution of these shapes forward, in words.");

@@ -124,4 +124,3 @@ void test_weights(const InstructionSet& set);
 void test_optimizer(const InstructionSet& set);
 // Which instruction set a transformation takes.
 void test_choice_for_weights();
-void test_choice_for_rows();

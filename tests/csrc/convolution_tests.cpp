@@ -348,23 +348,3 @@ void test_convolutions(const InstructionSet& set) {
   test_nhwc_all<Half>(set);
   test_large(set);
 }
-
-// Vectors of 64 and 32 bytes, where there are both.
-void test_choice_for_rows() {
-  const auto sets = refconv::cpu::instruction_sets();
-  if (sets.front()->vector_bytes != 64 || sets.size() < 3) return;
-  const bool halves = refconv::cpu::has_half_width_units();
-  const auto bytes = [](int64_t width, int64_t element_bytes) {
-    return refconv::cpu::instruction_set_for_rows(width, element_bytes).vector_bytes;
-  };
-  for (const int64_t lanes : {16, 8}) {
-    const int64_t size = 64 / lanes;
-    expect("rows that either vector holds take the narrow one", bytes(lanes / 2 - 1, size) == 32);
-    expect("rows that the wide vector fills take it", bytes(lanes, size) == 64 && bytes(7 * lanes, size) == 64);
-    expect("2 wide vectors or 3 narrow ones", bytes(3 * lanes / 2, size) == (halves ? 32 : 64));
-    expect("4 wide vectors or 7 narrow ones", bytes(7 * lanes / 2, size) == (halves ? 32 : 64));
-  }
-  refconv::cpu::set_instruction_set("portable");
-  expect("the one that was named", bytes(64, 4) == 16);
-  refconv::cpu::set_instruction_set("auto");
-}

@@ -3,7 +3,6 @@
 
 int main() {
   test_choice_for_weights();
-  test_choice_for_rows();
   for (const auto* set : refconv::cpu::instruction_sets()) {
     generator.seed(0);  // the same data for each, whichever others there are
     test_convolutions(*set);
