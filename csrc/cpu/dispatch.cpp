@@ -108,21 +108,33 @@ const InstructionSet& instruction_set_for_rows(int64_t width, int64_t element_by
   return *best;
 }
 
-int64_t last_cache_bytes() {
-  static const int64_t bytes = [] {
-    int64_t found = int64_t{32} << 20;
+namespace {
+
+// The size of a level of the caches, `otherwise` where the processor does not say.
+int64_t cache_bytes([[maybe_unused]] unsigned level, int64_t otherwise) {
+  int64_t found = otherwise;
 #if defined(__x86_64__)
-    unsigned highest = 0, a = 0, b = 0, c = 0, d = 0;
-    if (__get_cpuid(0, &highest, &b, &c, &d) == 0) return found;
-    // Both makers describe one cache per number, in the same way; the last one is the largest.
-    const unsigned leaf = c == signature_AMD_ecx ? 0x8000001d : 4;
-    for (unsigned cache = 0; __get_cpuid_count(leaf, cache, &a, &b, &c, &d) != 0 && (a & 0x1f) != 0; ++cache) {
-      const int64_t line = (b & 0xfff) + 1, partitions = (b >> 12 & 0x3ff) + 1, ways = (b >> 22) + 1;
-      if ((a >> 5 & 7) == 3) found = line * partitions * ways * (int64_t{c} + 1);
-    }
+  unsigned highest = 0, a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid(0, &highest, &b, &c, &d) == 0) return found;
+  // Both makers describe one cache per number, in the same way; the last one of a level holds data.
+  const unsigned leaf = c == signature_AMD_ecx ? 0x8000001d : 4;
+  for (unsigned cache = 0; __get_cpuid_count(leaf, cache, &a, &b, &c, &d) != 0 && (a & 0x1f) != 0; ++cache) {
+    const int64_t line = (b & 0xfff) + 1, partitions = (b >> 12 & 0x3ff) + 1, ways = (b >> 22) + 1;
+    if ((a >> 5 & 7) == level) found = line * partitions * ways * (int64_t{c} + 1);
+  }
 #endif
-    return found;
-  }();
+  return found;
+}
+
+}  // namespace
+
+int64_t second_cache_bytes() {
+  static const int64_t bytes = cache_bytes(2, int64_t{512} << 10);
+  return bytes;
+}
+
+int64_t last_cache_bytes() {
+  static const int64_t bytes = cache_bytes(3, int64_t{32} << 20);
   return bytes;
 }
 

@@ -181,8 +181,9 @@ void set_instruction_set(const std::string& name);
 // wider of equals. A row of 7 floats is one vector with either of two widths; one of 56 is 4 of 64 bytes or 7 of 32,
 // which take longer, unless the processor computes the wide ones in halves.
 const InstructionSet& instruction_set_for_rows(int64_t width, int64_t element_bytes);
-// The size of the last cache, that of 32 MB where the processor does not say.
+// The size of the last cache, and of the second one of a core; 32 MB and 512 KB where the processor does not say.
 int64_t last_cache_bytes();
+int64_t second_cache_bytes();
 // Whether the processor computes vectors of 64 bytes in two halves, as Zen 4 does.
 bool has_half_width_units();
 // For a transformation: unless one was named, dense 3x3 bases take vectors of 32 bytes where those of 64 are computed

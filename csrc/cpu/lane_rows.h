@@ -75,6 +75,23 @@ struct TapRow {
   const T *pixels, *weight;
 };
 
+// What each row of a strip meets, the same for all vectors of channels: weights are those of the first one.
+template <typename T>
+class MetRows {
+ public:
+  // Up to `rows` rows, each of which meets up to `most` others.
+  MetRows(int64_t rows, int64_t most) : most_(most), met_(rows * most), counts_(rows) {}
+  void clear(int64_t row) { counts_[row] = 0; }
+  void add(int64_t row, TapRow<T> met) { met_[row * most_ + counts_[row]++] = met; }
+  const TapRow<T>* at(int64_t row) const { return met_.data() + row * most_; }
+  int64_t count(int64_t row) const { return counts_[row]; }
+
+ private:
+  int64_t most_;
+  Scratch<TapRow<T>> met_;
+  Scratch<int64_t> counts_;
+};
+
 // What every pixel of a tile meets: `row_count` rows, `columns` taps in each. In LaneRows, pixels of the tile are
 // `stride` apart, taps `dilation`; the weights of a row lie `weight_step` apart, from `first_weight` on.
 template <typename T>

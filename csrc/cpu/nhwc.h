@@ -41,13 +41,14 @@ class NhwcForward {
  private:
   int64_t run_3x3(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t most_rows, Maps maps);
   void run_strip(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows, Maps maps);
+  void find_met(TapMajor<const T> weight, int64_t i, int64_t rows);
 
   const GroupedProblem p_;
   const int64_t strip_;
   const Tiles<T> tiles_;
   LaneRows<T> x_;
   TileOutput<S> output_;
-  Scratch<TapRow<T>> met_;
+  MetRows<T> met_;
   Scratch<Vec<T>> start_;  // of the sums: the bias
   Scratch<T> pixel_;
 };
@@ -69,6 +70,7 @@ class NhwcBackward {
                Maps maps);
   void run_strip(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i, int64_t rows,
                  TapMajor<T> total, Maps maps);
+  void find_met(TapMajor<const T> weight, int64_t i, int64_t rows);
 
   const GroupedProblem p_;
   const bool need_input_, need_weight_;
@@ -76,13 +78,17 @@ class NhwcBackward {
   const int64_t strip_, left_;  // rows; zeros that dx meets before a row of dy
   LaneRows<T> x_, dy_;
   TileOutput<S> output_;
-  Scratch<TapRow<T>> met_;
+  MetRows<T> met_;
   Scratch<T> pixel_;
 };
 
 namespace {
 
-constexpr int64_t kStripBytes = 128 << 10;  // of the maps that are read
+// Of the maps that are read, for one strip: it, the next one and their outputs share the second cache. A larger strip
+// reads fewer rows twice, but pays only where there is room.
+inline int64_t strip_bytes() { return second_cache_bytes() >= 2 << 20 ? 256 << 10 : 128 << 10; }
+// `rows` rows in equal strips of at most `most`: how many the first one has.
+inline int64_t strip_rows(int64_t rows, int64_t most) { return ceil_div(rows, ceil_div(rows, most)); }
 constexpr int64_t kStripTerms = 1024;       // added up in one lane before they move on to a double
 
 // FULL: all lanes are channels; otherwise the first `count`.

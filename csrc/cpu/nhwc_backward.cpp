@@ -89,7 +89,7 @@ int64_t zeros_behind(const Lattices& lattices, const GroupedProblem& p) {
 template <typename S>
 int64_t strip_of(const GroupedProblem& p) {
   const int64_t row = p.in_w * p.channels + p.out_w * p.out_channels() / p.stride_h;
-  return most(1, least(kStripBytes / (row * static_cast<int64_t>(sizeof(S))), kStripTerms / p.in_w));
+  return most(1, least(strip_bytes() / (row * static_cast<int64_t>(sizeof(S))), kStripTerms / p.in_w));
 }
 
 }  // namespace
@@ -107,8 +107,28 @@ NhwcBackward<S>::NhwcBackward(const GroupedProblem& p, bool need_input, bool nee
       dy_(least(p.out_h, (p.kernel_h - 1) * p.dilation_h / p.stride_h + 1) * p.multiplier, left_, p.out_w,
           left_ + p.out_w + zeros_behind(lattices_, p)),
       output_(most(kLeastTile, ceil_div(p.in_w, p.stride_w)), p.per_group),
-      met_(p.multiplier * p.per_group * p.kernel_h),
+      met_(most(1, least(strip_, p.in_h)), p.multiplier * p.per_group * p.kernel_h),
       pixel_(most(p.multiplier, p.per_group) * kLanes<T>) {}
+
+// What rows of x from row i on meet: for each input channel of a group the rows of dy of all output channels.
+template <typename S>
+void NhwcBackward<S>::find_met(TapMajor<const T> weight, int64_t i, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const LatticeTaps& taps = lattices_.rows[(i + row) % p_.stride_h];
+    const int64_t h = (i + row) / p_.stride_h + taps.first_dy;
+    int64_t top, bottom;
+    clip(h, taps.shift, p_.out_h, taps.count, &top, &bottom);
+    met_.clear(row);
+    for (int64_t m = 0; m < p_.per_group; ++m) {
+      for (int64_t k = 0; k < p_.multiplier; ++k) {
+        for (int64_t a = top; a < bottom; ++a) {
+          const int64_t tap = (k * p_.per_group + m) * p_.taps() + (taps.last - a * taps.step) * p_.kernel_w;
+          met_.add(row, {dy_.row((h + a * taps.shift) * p_.multiplier + k), weight.at(tap, 0)});
+        }
+      }
+    }
+  }
+}
 
 template <typename S>
 void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i,
@@ -125,6 +145,7 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
   Next<S> next_x{x + (i + rows) * x_pitch, fetched ? 1 : 0};
   Next<S> next_dx{need_input_ ? grad_x + (i + rows) * x_pitch : nullptr, need_input_ && maps == Maps::kMemory ? 1 : 0};
   Next<S> next_dy{grad_y + (last_met(i + rows - 1) + 1) * y_pitch, fetched ? p_.multiplier : 0};
+  find_met(weight, i, rows);
   for (int64_t g = 0; g < p_.groups(); g += kLane) {
     const int64_t count = least(kLane, p_.groups() - g);
     for (int64_t row = i, taken = 0; row < i + rows; ++row) {
@@ -133,25 +154,14 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
         const S* from = grad_y + taken * y_pitch + g * p_.multiplier;
         dy_.take_groups(taken, from, y_step, count, p_.multiplier, pixel_.data());
       }
-      // What this row meets: for each input channel of a group the rows of dy of all output channels.
-      const LatticeTaps& taps = lattices_.rows[row % p_.stride_h];
-      const int64_t h = row / p_.stride_h + taps.first_dy;
-      int64_t top, bottom, met = 0;
-      clip(h, taps.shift, p_.out_h, taps.count, &top, &bottom);
-      for (int64_t m = 0; m < p_.per_group; ++m) {
-        for (int64_t k = 0; k < p_.multiplier; ++k) {
-          for (int64_t a = top; a < bottom; ++a) {
-            const int64_t tap = (k * p_.per_group + m) * p_.taps() + (taps.last - a * taps.step) * p_.kernel_w;
-            met_[met++] = {dy_.row((h + a * taps.shift) * p_.multiplier + k), weight.at(tap, g)};
-          }
-        }
-      }
-      const int64_t of_one = met / p_.per_group;  // rows that an input channel meets
-      if (need_weight_ && met > 0) {              // the sums lie as the weights do
+      const TapRow<T>* met = met_.at(row - i);
+      const int64_t met_count = met_.count(row - i);
+      const int64_t of_one = met_count / p_.per_group;  // rows that an input channel meets
+      if (need_weight_ && met_count > 0) {              // the sums lie as the weights do
         x_.take_groups(0, x + row * x_pitch + g * p_.per_group, p_.channels, count, p_.per_group, pixel_.data());
-        for (int64_t k = 0; k < met; ++k) {
-          add_row(p_, add, x_.row(k / of_one), met_[k].pixels + left_ * kLane,
-                  total.data + (met_[k].weight - weight.data), total.step);
+        for (int64_t k = 0; k < met_count; ++k) {
+          add_row(p_, add, x_.row(k / of_one), met[k].pixels + left_ * kLane,
+                  total.data + (met[k].weight - weight.data) + g, total.step);
         }
       }
       for (int64_t f = 0; need_input_ && f < p_.stride_w; ++f) {
@@ -164,12 +174,12 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
                         if (clips) {
                           clip_tile(tiles.pixels, 1, v + columns.first_dy, columns.shift, p_.out_w, &left, &right);
                         }
-                        const TileTaps<T> seen{met_.data() + m * of_one,
+                        const TileTaps<T> seen{met + m * of_one,
                                                of_one,
                                                right - left,
                                                1,
                                                columns.shift,
-                                               (columns.last - left * columns.step) * weight.step,
+                                               (columns.last - left * columns.step) * weight.step + g,
                                                -columns.step * weight.step};
                         tiles.correlate(seen, (v + columns.first_dy + left * columns.shift + left_) * kLane, Vec<T>{},
                                         to, to_step, around);
@@ -209,7 +219,7 @@ void NhwcBackward<S>::run(TapMajor<const T> weight, const S* grad_y, const S* x,
       i += 1;
       continue;
     }
-    const int64_t done = is_3x3 ? 1 : least(strip_, end - i);
+    const int64_t done = is_3x3 ? 1 : strip_rows(end - i, strip_);
     run_strip(weight, grad_y, x, grad_x, i, done, total, maps);
     i += done;
   }

@@ -44,14 +44,32 @@ int64_t span_of(const GroupedProblem& p) { return (p.kernel_h - 1) * p.dilation_
 template <typename S>
 NhwcForward<S>::NhwcForward(const GroupedProblem& p)
     : p_(p),
-      strip_(most(1, kStripBytes / (p.stride_h * p.in_w * p.channels * static_cast<int64_t>(sizeof(S))))),
+      strip_(least(most(1, p.out_h),
+                   most(1, strip_bytes() / (p.stride_h * p.in_w * p.channels * static_cast<int64_t>(sizeof(S)))))),
       tiles_(p.out_w, p.stride_w, p.dilation_w),
       x_(least(span_of(p), p.in_h) * p.per_group, p.pad_w, p.in_w,
          (tiles_.padded() - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1, gcd(p.stride_w, p.dilation_w)),
       output_(tiles_.padded(), p.multiplier),
-      met_(p.multiplier * p.per_group * p.kernel_h),
+      met_(strip_, p.multiplier * p.per_group * p.kernel_h),
       start_(p.multiplier),
       pixel_(p.per_group * kLanes<T>) {}
+
+// What rows of y from row i on meet: for each output channel of a group the rows of x of all input channels.
+template <typename S>
+void NhwcForward<S>::find_met(TapMajor<const T> weight, int64_t i, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t h = (i + row) * p_.stride_h - p_.pad_h;
+    int64_t top, bottom;
+    clip(h, p_.dilation_h, p_.in_h, p_.kernel_h, &top, &bottom);
+    met_.clear(row);
+    for (int64_t channels = 0; channels < p_.multiplier * p_.per_group; ++channels) {
+      for (int64_t a = top; a < bottom; ++a) {
+        met_.add(row, {x_.row((h + a * p_.dilation_h) * p_.per_group + channels % p_.per_group),
+                       weight.at(channels * p_.taps() + a * p_.kernel_w, 0)});
+      }
+    }
+  }
+}
 
 template <typename S>
 void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows,
@@ -62,6 +80,7 @@ void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bi
   const bool clips = meets_only_zeros(tiles_.pixels, p_.stride_w, p_.pad_w);
   Next<S> next_x{x + after * x_pitch, maps == Maps::kCached ? 0 : p_.stride_h * p_.stride_w * p_.per_group};
   Next<S> next_y{y + (i + rows) * y_pitch, maps == Maps::kMemory ? 1 : 0};
+  find_met(weight, i, rows);
   for (int64_t g = 0; g < p_.groups(); g += kLanes<T>) {
     const int64_t count = least(kLanes<T>, p_.groups() - g);
     for (int64_t k = 0; bias != nullptr && k < p_.multiplier; ++k) {
@@ -74,15 +93,8 @@ void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bi
         const S* from = x + taken * x_pitch + g * p_.per_group;
         x_.take_groups(taken, from, p_.channels, count, p_.per_group, pixel_.data());
       }
-      int64_t top, bottom, met = 0;
-      clip(h, p_.dilation_h, p_.in_h, p_.kernel_h, &top, &bottom);
-      for (int64_t channels = 0; channels < p_.multiplier * p_.per_group; ++channels) {
-        for (int64_t a = top; a < bottom; ++a) {
-          met_[met++] = {x_.row((h + a * p_.dilation_h) * p_.per_group + channels % p_.per_group),
-                         weight.at(channels * p_.taps() + a * p_.kernel_w, g)};
-        }
-      }
-      const int64_t of_one = p_.per_group * (bottom - top);  // rows that an output channel meets
+      const TapRow<T>* met = met_.at(row - i);
+      const int64_t of_one = met_.count(row - i) / p_.multiplier;  // rows that an output channel meets
       output_.write(
           tiles_, y + row * y_pitch + g * p_.multiplier, y_step, count, maps == Maps::kAround,
           [&](int64_t k, int64_t j, T* to, int64_t to_step, bool around) {
@@ -90,8 +102,8 @@ void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bi
             if (clips) {
               clip_tile(tiles_.pixels, p_.stride_w, j * p_.stride_w - p_.pad_w, p_.dilation_w, p_.in_w, &left, &right);
             }
-            const TileTaps<T> taps{met_.data() + k * of_one, of_one,     right - left, p_.stride_w, p_.dilation_w,
-                                   left * weight.step,       weight.step};
+            const TileTaps<T> taps{met + k * of_one, of_one,     right - left, p_.stride_w, p_.dilation_w,
+                                   left * weight.step + g, weight.step};
             tiles_.correlate(taps, (j * p_.stride_w + left * p_.dilation_w) * kLanes<T>, start_[k], to, to_step,
                              around);
             if (k == 0) next_x.fetch(tiles_.pixels);
@@ -123,7 +135,7 @@ void NhwcForward<S>::run(TapMajor<const T> weight, const S* x, const S* bias, S*
   for (const int64_t end = i + rows; i < end;) {
     int64_t done = is_3x3 ? run_3x3(weight, x, bias, y, i, end - i, maps) : 0;
     if (done == 0) {
-      done = is_3x3 ? 1 : least(strip_, end - i);
+      done = is_3x3 ? 1 : strip_rows(end - i, strip_);
       run_strip(weight, x, bias, y, i, done, maps);
     }
     i += done;
