@@ -89,7 +89,7 @@ namespace {
 inline int64_t strip_bytes() { return second_cache_bytes() >= 2 << 20 ? 256 << 10 : 128 << 10; }
 // `rows` rows in equal strips of at most `most`: how many the first one has.
 inline int64_t strip_rows(int64_t rows, int64_t most) { return ceil_div(rows, ceil_div(rows, most)); }
-constexpr int64_t kStripTerms = 1024;       // added up in one lane before they move on to a double
+constexpr int64_t kStripTerms = 1024;  // added up in one lane before they move on to a double
 
 // FULL: all lanes are channels; otherwise the first `count`.
 template <bool FULL, typename S>

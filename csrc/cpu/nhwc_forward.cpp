@@ -102,7 +102,7 @@ void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bi
             if (clips) {
               clip_tile(tiles_.pixels, p_.stride_w, j * p_.stride_w - p_.pad_w, p_.dilation_w, p_.in_w, &left, &right);
             }
-            const TileTaps<T> taps{met + k * of_one, of_one,     right - left, p_.stride_w, p_.dilation_w,
+            const TileTaps<T> taps{met + k * of_one,       of_one,     right - left, p_.stride_w, p_.dilation_w,
                                    left * weight.step + g, weight.step};
             tiles_.correlate(taps, (j * p_.stride_w + left * p_.dilation_w) * kLanes<T>, start_[k], to, to_step,
                              around);
