@@ -16,7 +16,7 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-constexpr int64_t kAheadBytes = 8192;  // where the next kernels are fetched
+constexpr int64_t kAheadBytes = 4096;  // where the next kernels are fetched
 constexpr std::make_integer_sequence<int, 9> kTaps;
 constexpr int kMiddle = 4;
 constexpr std::make_integer_sequence<int, 5> kAllParts;  // of load_part
@@ -33,7 +33,7 @@ constexpr bool kOverlapping = false;
 template <typename S>
 void fetch_ahead(const S* basis, const S* factors, const S* result) {
   constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(S));
-  for (const S* next : {basis, factors, result}) prefetch(next + kAhead, kBlock<Compute<S>>);
+  for (const S* next : {basis, factors, result}) prefetch_next(next + kAhead, kBlock<Compute<S>>);
 }
 
 // Lane i of the result is that of `b` where Lanes::of(i), otherwise that of `a`.

@@ -115,7 +115,7 @@ void product_of_columns(const S* refocus, int64_t row_length, const Unfolded<Com
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       row[r] = in_register(load_row(refocus + r * row_length + q));
-      if constexpr (FETCH) __builtin_prefetch(next + r * row_length + q - q0, 0, 2);
+      if constexpr (FETCH) prefetch_next(next + r * row_length + q - q0, 1);
     }
 #pragma GCC unroll 16
     for (int c = 0; c < COLUMNS; ++c) {
