@@ -108,12 +108,20 @@ def test_results_do_not_depend_on_threads(case: Case) -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(
     ("kernel", "stride", "size"),
-    [(3, 1, (19, 40)), (3, 2, (19, 40)), (3, 1, (7, 7)), (3, 2, (14, 14)), (3, 1, (5, 4)), (5, 1, (9, 8))],
+    [
+        (3, 1, (23, 19, 40)),
+        (3, 2, (23, 19, 40)),
+        (3, 1, (23, 7, 7)),
+        (3, 2, (23, 14, 14)),
+        (3, 1, (23, 5, 4)),
+        (5, 1, (23, 9, 8)),
+        (3, 1, (48, 65, 68)),  # in channels_last large enough for tiles of two rows, which threads may part
+    ],
 )
 def test_convolutions_do_not_depend_on_threads(
-    kernel: int, stride: int, size: tuple[int, int], layout: torch.memory_format
+    kernel: int, stride: int, size: tuple[int, int, int], layout: torch.memory_format
 ) -> None:
-    x, weight = torch.randn(5, 23, *size).contiguous(memory_format=layout), torch.randn(23, 1, kernel, kernel)
+    x, weight = torch.randn(5, *size).contiguous(memory_format=layout), torch.randn(size[0], 1, kernel, kernel)
     pairs = [[s, s] for s in (stride, kernel // 2, 1)]
     ops = torch.ops.refconv_cpu
     dy = ops.grouped_conv2d(x, weight, None, *pairs)

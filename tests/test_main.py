@@ -133,6 +133,7 @@ def test_a_problem_is_explained(capsys: pytest.CaptureFixture, arguments: list[s
         ("grouped_conv2d", "2,8,7,7", "8,1,3,3", ["--dtype", "bfloat16"], "by 3x3 planes, two to a vector (avx512)"),
         ("grouped_conv2d", "2,8,14,14", "8,1,3,3", ["--stride", "3"], "by small planes, channels in the lanes"),
         ("grouped_conv2d", "2,8,7,7", "8,1,3,3", ["--channels-last"], "by channels_last rows, 3x3"),
+        ("grouped_conv2d", "16,96,28,28", "96,1,3,3", ["--channels-last"], "by channels_last tiles of 2x2 pixels, 3x3"),
         ("grouped_conv2d", "2,8,7,7", "8,1,5,5", ["--channels-last"], "by channels_last tiles"),
         ("grouped_conv2d", "2,8,7,7", "16,1,3,3", ["--channels-last", "--groups", "8"], "by channels_last tiles"),
         ("grouped_conv2d", "2,8,7,7", "8,1,2,2", ["--channels-last"], "by channels_last pixels, without a copy"),

@@ -60,9 +60,10 @@ Tensor feature_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t 
 
 std::string name_of(const GroupedProblem& p, bool channels_last, int64_t element_bytes) {
   if (channels_last) {
-    return cpu::has_nhwc_3x3(p)      ? "channels_last rows, 3x3"
-           : cpu::has_nhwc_direct(p) ? "channels_last pixels, without a copy"
-                                     : "channels_last tiles";
+    return cpu::has_nhwc_3x3_tiles(p, element_bytes, false) ? "channels_last tiles of 2x2 pixels, 3x3"
+           : cpu::has_nhwc_3x3(p)                           ? "channels_last rows, 3x3"
+           : cpu::has_nhwc_direct(p)                        ? "channels_last pixels, without a copy"
+                                                            : "channels_last tiles";
   }
   if (cpu::has_turned_planes(p)) return "small planes, channels in the lanes";
   if (!cpu::has_planes_3x3(p)) return p.per_group == 1 ? "padded planes" : "padded planes of a group";

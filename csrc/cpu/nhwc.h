@@ -2,7 +2,8 @@
 //
 // Equations: csrc/problem.h. Lanes are groups (channels, if depthwise). Strips of rows that fit the second cache are
 // gone through for one vector of them after the other, by way of a few rows of it in the first cache (lane_rows.h); the
-// next strip is fetched meanwhile, in the order of memory. 3x3 kernels have loops of their own (nhwc_3x3.h).
+// next strip is fetched meanwhile, in the order of memory. 3x3 kernels have loops of their own (nhwc_3x3.h,
+// nhwc_3x3_tiles.h).
 #pragma once
 
 #include "elements.h"
@@ -44,6 +45,7 @@ class NhwcForward {
   void find_met(TapMajor<const T> weight, int64_t i, int64_t rows);
 
   const GroupedProblem p_;
+  const bool tiled_;  // 3x3
   const int64_t strip_;
   const Tiles<T> tiles_;
   LaneRows<T> x_;
@@ -66,14 +68,14 @@ class NhwcBackward {
            Maps maps);
 
  private:
-  bool run_3x3(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i, TapMajor<T> total,
-               Maps maps);
+  int64_t run_3x3(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i, int64_t most_rows,
+                  TapMajor<T> total, Maps maps);
   void run_strip(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i, int64_t rows,
                  TapMajor<T> total, Maps maps);
   void find_met(TapMajor<const T> weight, int64_t i, int64_t rows);
 
   const GroupedProblem p_;
-  const bool need_input_, need_weight_;
+  const bool need_input_, need_weight_, tiled_;
   const Lattices lattices_;
   const int64_t strip_, left_;  // rows; zeros that dx meets before a row of dy
   LaneRows<T> x_, dy_;

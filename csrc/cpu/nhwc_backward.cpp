@@ -7,6 +7,7 @@
 #include "entry_points.h"
 #include "nhwc.h"
 #include "nhwc_3x3.h"
+#include "nhwc_3x3_tiles.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
@@ -99,6 +100,7 @@ NhwcBackward<S>::NhwcBackward(const GroupedProblem& p, bool need_input, bool nee
     : p_(p),
       need_input_(need_input),
       need_weight_(need_weight),
+      tiled_(has_nhwc_3x3_tiles(p, sizeof(S), true)),
       lattices_(p),
       strip_(strip_of<S>(p)),
       left_(zeros_before(lattices_, p)),
@@ -192,10 +194,16 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
   }
 }
 
-// One row of x; false if that takes another way.
+// As many rows of x from row i on as are met together, at most `most_rows`; how many, possibly none.
 template <typename S>
-bool NhwcBackward<S>::run_3x3(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i,
-                              TapMajor<T> total, Maps maps) {
+int64_t NhwcBackward<S>::run_3x3(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i,
+                                 int64_t most_rows, TapMajor<T> total, Maps maps) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    if (tiled_ && most_rows >= 2 && i >= 1 && i + 3 <= p_.in_h) {
+      backward_rows_of_tiles(p_, weight, grad_y, x, grad_x, i, total, maps);
+      return 2;
+    }
+  }
   // The rows of dy that the rows of taps 2, 2 - stride, ... lead to, without those outside.
   int64_t tap_row = 2 - (i + p_.pad_h) % p_.stride_h, rows = tap_row / p_.stride_h + 1;
   int64_t h = (i + p_.pad_h - tap_row) / p_.stride_h;
@@ -203,11 +211,11 @@ bool NhwcBackward<S>::run_3x3(TapMajor<const T> weight, const S* grad_y, const S
   rows = least(rows, p_.out_h - h);
   const auto run = [&](auto stride) {
     backward_row_3x3<S, decltype(stride)::value>(p_, weight, grad_y, x, grad_x, i, h, rows, tap_row, total, maps);
-    return true;
+    return 1;
   };
   if (p_.stride_h == 1 && (rows == 3 || rows == 2)) return run(std::integral_constant<int, 1>{});
   if (p_.stride_h == 2 && (rows == 2 || rows == 1)) return run(std::integral_constant<int, 2>{});
-  return false;
+  return 0;
 }
 
 template <typename S>
@@ -215,12 +223,11 @@ void NhwcBackward<S>::run(TapMajor<const T> weight, const S* grad_y, const S* x,
                           TapMajor<T> total, Maps maps) {
   const bool is_3x3 = has_nhwc_3x3(p_) && need_input_;
   for (const int64_t end = i + rows; i < end;) {
-    if (is_3x3 && run_3x3(weight, grad_y, x, grad_x, i, total, maps)) {
-      i += 1;
-      continue;
+    int64_t done = is_3x3 ? run_3x3(weight, grad_y, x, grad_x, i, end - i, total, maps) : 0;
+    if (done == 0) {
+      done = is_3x3 ? 1 : strip_rows(end - i, strip_);
+      run_strip(weight, grad_y, x, grad_x, i, done, total, maps);
     }
-    const int64_t done = is_3x3 ? 1 : strip_rows(end - i, strip_);
-    run_strip(weight, grad_y, x, grad_x, i, done, total, maps);
     i += done;
   }
 }

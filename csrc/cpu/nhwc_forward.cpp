@@ -4,6 +4,7 @@
 #include "entry_points.h"
 #include "nhwc.h"
 #include "nhwc_3x3.h"
+#include "nhwc_3x3_tiles.h"
 #include "nhwc_direct.h"
 
 namespace refconv::cpu::REFCONV_ISA {
@@ -44,6 +45,7 @@ int64_t span_of(const GroupedProblem& p) { return (p.kernel_h - 1) * p.dilation_
 template <typename S>
 NhwcForward<S>::NhwcForward(const GroupedProblem& p)
     : p_(p),
+      tiled_(has_nhwc_3x3_tiles(p, sizeof(S), false)),
       strip_(least(most(1, p.out_h),
                    most(1, strip_bytes() / (p.stride_h * p.in_w * p.channels * static_cast<int64_t>(sizeof(S)))))),
       tiles_(p.out_w, p.stride_w, p.dilation_w),
@@ -119,6 +121,12 @@ int64_t NhwcForward<S>::run_3x3(TapMajor<const T> weight, const S* x, const S* b
                                 Maps maps) {
   const int64_t h = i * p_.stride_h - p_.pad_h, top = h < 0 ? 1 : 0, met = least(3, p_.in_h - h) - top;
   if (met < 2) return 0;
+  if constexpr (sizeof(S) == sizeof(T)) {
+    if (tiled_ && most_rows >= 2 && h >= 0 && h + 4 <= p_.in_h) {
+      forward_rows_of_tiles(p_, weight, x, bias, y, i, maps);
+      return 2;
+    }
+  }
   const bool two = kVectorRegisters == 32 && p_.stride_h == 1 && most_rows >= 2 && h >= 0 && h + 4 <= p_.in_h;
   forward_rows_3x3(p_, weight, x, bias, y, i, two ? 2 : 1, two ? 4 : met, top, maps);
   return two ? 2 : 1;
