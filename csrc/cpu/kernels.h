@@ -152,10 +152,10 @@ template <> inline FusedSgdKernel<double> Kernels::fused_sgd() const { return fu
 // of a few cores do not hold, and backward channels in whole lines. Elsewhere whole rows of one vector are faster.
 [[maybe_unused]] static bool has_nhwc_3x3_tiles(const GroupedProblem& p, int64_t element_bytes, bool backward) {
   constexpr int64_t kForwardBytes = 5 << 20, kBackwardBytes = 12 << 20;
-  if (!has_nhwc_3x3(p) || p.stride_h != 1 || element_bytes < 4 || p.out_w < 2) return false;
-  const int64_t bytes = p.batch * p.channels * (p.in_size() + p.out_size()) * element_bytes;
-  if (!backward) return bytes >= kForwardBytes;
-  return bytes / 2 * 3 >= kBackwardBytes && p.pad_h == 1 && p.pad_w == 1 && p.channels * element_bytes % 64 == 0;
+  if (!has_nhwc_3x3(p) || element_bytes < 4 || p.out_w < 2) return false;
+  const int64_t line = p.channels * element_bytes, pixels = p.in_size() * (backward ? 2 : 1) + p.out_size();
+  if (!backward) return p.batch * pixels * line >= kForwardBytes;
+  return p.batch * pixels * line >= kBackwardBytes && p.pad_h == 1 && p.pad_w == 1 && line % 64 == 0;
 }
 
 // Whether the forward of channels_last maps reads pixels where they are (nhwc_direct.h): each is met so few times that

@@ -199,8 +199,13 @@ template <typename S>
 int64_t NhwcBackward<S>::run_3x3(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i,
                                  int64_t most_rows, TapMajor<T> total, Maps maps) {
   if constexpr (sizeof(S) == sizeof(T)) {
-    if (tiled_ && most_rows >= 2 && i >= 1 && i + 3 <= p_.in_h) {
+    const bool two = tiled_ && most_rows >= 2 && i >= 1;
+    if (two && p_.stride_h == 1 && i + 3 <= p_.in_h) {
       backward_rows_of_tiles(p_, weight, grad_y, x, grad_x, i, total, maps);
+      return 2;
+    }
+    if (two && p_.stride_h == 2 && i % 2 == 1 && i / 2 + 2 <= p_.out_h) {
+      backward_rows_of_tiles_by_2(p_, weight, grad_y, x, grad_x, i, total, maps);
       return 2;
     }
   }

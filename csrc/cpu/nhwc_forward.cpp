@@ -122,7 +122,7 @@ int64_t NhwcForward<S>::run_3x3(TapMajor<const T> weight, const S* x, const S* b
   const int64_t h = i * p_.stride_h - p_.pad_h, top = h < 0 ? 1 : 0, met = least(3, p_.in_h - h) - top;
   if (met < 2) return 0;
   if constexpr (sizeof(S) == sizeof(T)) {
-    if (tiled_ && most_rows >= 2 && h >= 0 && h + 4 <= p_.in_h) {
+    if (tiled_ && most_rows >= 2 && h >= 0 && h + p_.stride_h + 3 <= p_.in_h) {
       forward_rows_of_tiles(p_, weight, x, bias, y, i, maps);
       return 2;
     }

@@ -335,19 +335,29 @@ void test_large(const refconv::cpu::InstructionSet& set) {
   test_nhwc(kernels, set.name, depthwise(32, 1, 256, 260, 2, 2, 2, 2, 0, 0, 1, 1));
 }
 
-// Maps of 4 MB and more, which go in tiles of 2x2 pixels.
+// Elements of one of two images, of a channels_last map large enough for tiles of 2x2 pixels.
 template <typename T>
+constexpr int64_t kTiledElements = (5 << 20) / sizeof(T) / 2;
+
 void test_nhwc_tiles(const refconv::cpu::InstructionSet& set) {
-  constexpr int64_t kElements = (4 << 20) / sizeof(T) / 2;  // of an image of two
-  const auto& kernels = set.kernels.grouped<T>();
+  constexpr int64_t kElements = kTiledElements<float>, kDoubles = kTiledElements<double>;
+  const auto& kernels = set.kernels.grouped<float>();
   for (const int64_t width : {2, 3, 4, 5, 6}) {  // tiles of all shapes; pairs of rows, and some alone
     const int64_t height = 4 + width % 3, channels = (kElements / width / height / 16 + 1) * 16;
     test_nhwc(kernels, set.name, depthwise(channels, 1, height, width, 3, 3, 1, 1, 1, 1, 1, 1));
-    if (width >= 4) test_nhwc(kernels, set.name, depthwise(channels + 3, 1, height, width, 3, 3, 1, 1, 1, 0, 1, 1));
+    test_nhwc(kernels, set.name, depthwise(channels, 1, height, width, 3, 3, 2, 2, 1, 1, 1, 1));
+    if (width < 5) continue;
+    test_nhwc(kernels, set.name, depthwise(channels + 3, 1, height, width, 3, 3, 1, 1, 1, 0, 1, 1));
+    test_nhwc(kernels, set.name, depthwise(channels + 3, 1, height, width, 3, 3, 2, 2, 1, 0, 1, 1));
   }
   test_nhwc(kernels, set.name, depthwise(208, 1, kElements / 208 / 60 + 1, 60, 3, 3, 1, 1, 1, 1, 1, 1));  // blocks
   test_nhwc(kernels, set.name, depthwise(512, 1, kElements / 512 / 31 + 1, 31, 3, 3, 1, 1, 1, 1, 1, 1));
+  test_nhwc(kernels, set.name, depthwise(208, 1, kElements / 208 / 61 + 1, 61, 3, 3, 2, 2, 1, 1, 1, 1));
   test_nhwc(kernels, set.name, depthwise(35, 1, 7, kElements / 35 / 7 + 1, 3, 3, 1, 1, 0, 1, 1, 1));
+  for (const int64_t stride : {1, 2}) {
+    const int64_t height = kDoubles / 104 / 31 + 1;
+    test_nhwc(set.kernels.grouped<double>(), set.name, depthwise(104, 1, height, 31, 3, 3, stride, stride, 1, 1, 1, 1));
+  }
 }
 
 }  // namespace
@@ -362,6 +372,5 @@ void test_convolutions(const InstructionSet& set) {
   test_nhwc_all<BFloat16>(set);
   test_nhwc_all<Half>(set);
   test_large(set);
-  test_nhwc_tiles<float>(set);
-  test_nhwc_tiles<double>(set);
+  test_nhwc_tiles(set);
 }
