@@ -116,7 +116,7 @@ def test_results_do_not_depend_on_threads(case: Case) -> None:
         (3, 1, (23, 5, 4)),
         (5, 1, (23, 9, 8)),
         (3, 1, (48, 65, 68)),  # in channels_last large enough for tiles of two rows, which threads may part
-        (3, 2, (48, 73, 68)),
+        (3, 2, (48, 83, 72)),
     ],
 )
 def test_convolutions_do_not_depend_on_threads(

@@ -103,15 +103,15 @@ inline void expect(const std::string& what, bool holds) {
 }
 
 // Sums are made in at least float and rounded to T once.
-template <typename T>
-void expect_close(const std::string& what, const T* got, const std::vector<double>& want, double terms) {
+template <typename T, typename Want>
+void expect_close(const std::string& what, const T* got, const std::vector<Want>& want, double terms) {
   const double sums = 16 * (std::sqrt(terms) + 1) * std::fmin(Element<T>::epsilon, Element<float>::epsilon);
   const double tolerance = sums + (sizeof(T) == 2 ? 0.51 * Element<T>::epsilon : 0);
   ++checks;
   for (size_t i = 0; i < want.size(); ++i) {
-    const double error = std::fabs(value(got[i]) - want[i]);
-    if (!(error <= tolerance * std::fabs(want[i]) + sums)) {
-      std::printf("FAILED %s[%zu]: got %.9g, want %.9g\n", what.c_str(), i, value(got[i]), want[i]);
+    const double expected = static_cast<double>(want[i]), error = std::fabs(value(got[i]) - expected);
+    if (!(error <= tolerance * std::fabs(expected) + sums)) {
+      std::printf("FAILED %s[%zu]: got %.9g, want %.9g\n", what.c_str(), i, value(got[i]), expected);
       ++failures;
       return;
     }

@@ -335,9 +335,9 @@ void test_large(const refconv::cpu::InstructionSet& set) {
   test_nhwc(kernels, set.name, depthwise(32, 1, 256, 260, 2, 2, 2, 2, 0, 0, 1, 1));
 }
 
-// Elements of one of two images, of a channels_last map large enough for tiles of 2x2 pixels.
+// Elements of one of two images, of a channels_last map large enough for tiles of 2x2 pixels, also with stride 2.
 template <typename T>
-constexpr int64_t kTiledElements = (5 << 20) / sizeof(T) / 2;
+constexpr int64_t kTiledElements = (6 << 20) / sizeof(T) / 2;
 
 void test_nhwc_tiles(const refconv::cpu::InstructionSet& set) {
   constexpr int64_t kElements = kTiledElements<float>, kDoubles = kTiledElements<double>;

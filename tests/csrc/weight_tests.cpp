@@ -13,7 +13,8 @@ void test_refocus(const refconv::cpu::RefocusKernels<T>& kernels, const std::str
   const int64_t size = p.kernel_size(), length = p.row_length(), k = p.map_size;
   const Buffer<T> basis = random_buffer<T>(p.kernels * size), refocus = random_buffer<T>(p.kernels * length);
   const Buffer<T> grad = random_buffer<T>(p.kernels * size);
-  std::vector<double> want_t(p.kernels * size), want_r(p.kernels * length);
+  // More exact than float64, in which a sum of a thousand terms may miss the tolerance by itself.
+  std::vector<long double> want_t(p.kernels * size), want_r(p.kernels * length);
   for (int64_t n = 0; n < p.kernels; ++n)
     for (int64_t h = 0; h < p.kernel_h; ++h)
       for (int64_t w = 0; w < p.kernel_w; ++w) {
