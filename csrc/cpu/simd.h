@@ -93,8 +93,7 @@ template <typename S>
 REFCONV_INLINE void prefetch(const S* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(from + i, 0, 2);
 }
-// The same for the first cache, where what is met once and next belongs: a line that comes by way of the second one
-// takes one of the few places for lines on their way twice.
+// The same for the first cache, where what is met once and next belongs (docs/performance.md).
 template <typename S>
 REFCONV_INLINE void prefetch_next(const S* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(from + i, 0, 3);
