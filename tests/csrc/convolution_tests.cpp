@@ -342,7 +342,7 @@ constexpr int64_t kTiledElements = (6 << 20) / sizeof(T) / 2;
 void test_nhwc_tiles(const refconv::cpu::InstructionSet& set) {
   constexpr int64_t kElements = kTiledElements<float>, kDoubles = kTiledElements<double>;
   const auto& kernels = set.kernels.grouped<float>();
-  for (const int64_t width : {2, 3, 4, 5, 6}) {  // tiles of all shapes; pairs of rows, and some alone
+  for (const int64_t width : {2, 3, 5, 6}) {  // tiles of all shapes; pairs of rows, and some alone
     const int64_t height = 4 + width % 3, channels = (kElements / width / height / 16 + 1) * 16;
     test_nhwc(kernels, set.name, depthwise(channels, 1, height, width, 3, 3, 1, 1, 1, 1, 1, 1));
     test_nhwc(kernels, set.name, depthwise(channels, 1, height, width, 3, 3, 2, 2, 1, 1, 1, 1));
