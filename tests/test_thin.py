@@ -114,15 +114,15 @@ def steps(model: nn.Module, batches: Iterable[Tensor], count: int, **options: An
 
 
 TRAINED = [
-    *((case, "full rank", {}) for case in THIN if case.height > 1),
-    *((case, "rank-deficient", {}) for case in THIN[:2]),
-    (THIN[0], "full rank", {"identity": False}),
-    (OTHERS[3], "full rank", {}),  # dense
+    *((case, "full rank", {}, False) for case in THIN if case.height > 1),
+    *((case, "rank-deficient", {}, True) for case in THIN[:2]),
+    (THIN[0], "full rank", {"identity": False}, False),
+    *((OTHERS[3], "full rank", {}, nesterov) for nesterov in (False, True)),  # dense
+    (THIN[0], "full rank", {}, True),
 ]
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize(("case", "kind", "options"), TRAINED, ids=str)
+@pytest.mark.parametrize(("case", "kind", "options", "nesterov"), TRAINED, ids=str)
 def test_200_steps_give_the_same_weights(
     case: Case, kind: str, options: dict[str, Any], nesterov: bool, backend: str
 ) -> None:

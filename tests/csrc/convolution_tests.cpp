@@ -26,6 +26,9 @@ void for_each_term(const GroupedProblem& p, const Visit& visit) {
             }
 }
 
+// Elements of which two combinations of outputs are enough: these problems are there for how large tensors are written.
+constexpr int64_t kLarge = 1 << 20;
+
 // All results of one problem, in NCHW.
 struct Expected {
   std::vector<double> y, y_biased, dx, dw, db;
@@ -81,6 +84,7 @@ void test_grouped(const refconv::cpu::GroupedKernels<T>& kernels, const std::str
   expect_close("forward without bias " + name, y.get(), want.y, p.per_group * p.taps());
 
   for (int wanted = 1; wanted < 8; ++wanted) {  // every combination of outputs
+    if (x_size + y_size > kLarge && wanted != 1 && wanted != 7) continue;
     Buffer<T> dx = poisoned_buffer<T>(x_size), dw = poisoned_buffer<T>(w_size);
     Buffer<T> db = poisoned_buffer<T>(p.out_channels());
     T *to_dx = wanted & 1 ? dx.get() : nullptr, *to_dw = wanted & 2 ? dw.get() : nullptr;
