@@ -94,7 +94,9 @@ void direct_row(const GroupedProblem& p, TapMajor<const Compute<S>> weight, cons
     taps.weight = {weight.at(top * p.kernel_w + left, 0), weight.step};
     correlate_direct<S, 1>(taps, bias, to + j * p.channels, p.channels, maps, next_x, next_y);
   };
-  // The outputs that meet all columns of taps.
+  // The outputs that meet all columns of taps. With strides they share few pixels: two at a time are nearer the order
+  // of memory, where a vector is a line.
+  const bool in_pairs = fetched && p.stride_h * p.stride_w > 1 && kLanes<Compute<S>> * sizeof(S) == 64;
   const int64_t reach = (p.kernel_w - 1) * p.dilation_w;
   const int64_t begin = least(p.out_w, ceil_div(p.pad_w, p.stride_w));
   const int64_t room = p.in_w + p.pad_w - 1 - reach;  // the last column they may begin with
@@ -103,8 +105,9 @@ void direct_row(const GroupedProblem& p, TapMajor<const Compute<S>> weight, cons
   if (end - begin < kLeastTile) {
     for (int64_t j = begin; j < end; ++j) single(j);
   } else {
-    const int64_t width = end - begin, pixels = ceil_div(width, ceil_div(width, kMostTile));
-    const auto run = pixels == 4   ? correlate_direct<S, 4>
+    const int64_t width = end - begin, pixels = in_pairs ? 2 : ceil_div(width, ceil_div(width, kMostTile));
+    const auto run = pixels == 2   ? correlate_direct<S, 2>
+                     : pixels == 4 ? correlate_direct<S, 4>
                      : pixels == 5 ? correlate_direct<S, 5>
                      : pixels == 6 ? correlate_direct<S, 6>
                      : pixels == 7 ? correlate_direct<S, 7>
