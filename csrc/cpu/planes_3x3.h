@@ -222,24 +222,37 @@ class Backward3x3 {
     });
   }
 
+  // The sums of some rows, and then the sum of those: one after the other, hundreds of thousands of pixels would lose
+  // digits that the last sum, in double, cannot bring back.
   template <typename C>
   void add_columns(const S* first_dy, T* total, const C& columns, const Images& images) const {
+    constexpr int64_t kRows = 64;
     Vec<T> sum = load(total);
     for (int64_t image = 0; image < images.count; ++image) {
       const S* dy = first_dy + image * images.y_step;
-      for (int64_t h = 0; h < p_.out_h; ++h, dy += p_.out_w) {
+      for (int64_t h = 0; h < p_.out_h; h += kRows) {
+        Vec<T> part{};
+        for (int64_t left = least(kRows, p_.out_h - h); left > 0; --left, dy += p_.out_w) {
 #pragma GCC unroll 4
-        for (int j = 0; j < C::kVectors; ++j) sum += columns.load_row(dy, j);
+          for (int j = 0; j < C::kVectors; ++j) part += columns.load_row(dy, j);
+        }
+        sum += part;
       }
     }
     store(total, sum);
   }
 
   void add_planes(const S* first_dy, T* total, const Images& images) const {
+    constexpr int64_t kPixels = 256 * kLanes<T>;
     Vec<T> sum = load(total);
     for (int64_t image = 0; image < images.count; ++image) {
       const S* dy = first_dy + image * images.y_step;
-      for (int64_t i = 0; i < p_.out_size(); i += kLanes<T>) sum += load_lanes(dy + i, p_.out_size() - i);
+      for (int64_t i = 0; i < p_.out_size(); i += kPixels) {
+        Vec<T> part{};
+        const int64_t end = least(i + kPixels, p_.out_size());
+        for (int64_t k = i; k < end; k += kLanes<T>) part += load_lanes(dy + k, end - k);
+        sum += part;
+      }
     }
     store(total, sum);
   }
