@@ -129,6 +129,7 @@ void expect_close(const std::string& what, const T* got, const std::vector<Want>
 
 // Every test of one kind of kernel.
 void test_convolutions(const InstructionSet& set);
+void test_channels_last(const InstructionSet& set);
 void test_weights(const InstructionSet& set);
 void test_optimizer(const InstructionSet& set);
 // Which instruction set a transformation takes.

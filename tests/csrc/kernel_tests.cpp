@@ -6,6 +6,7 @@ int main() {
   for (const auto* set : refconv::cpu::instruction_sets()) {
     generator.seed(0);  // the same data for each, whichever others there are
     test_convolutions(*set);
+    test_channels_last(*set);
     test_weights(*set);
     test_optimizer(*set);
     std::printf("%s: done\n", set->name);
