@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -121,6 +122,27 @@ def test_a_call_is_made_in_cpp_from_the_second_on(counter: Counter) -> None:
         assert [made_by(counter, function, tensors) for _ in range(3)] == [0, 1, 1]
     assert made_by(counter, function, tuple(t.to(memory_format=torch.channels_last) for t in tensors)) == 0
     assert made_by(counter, function, tuple(t.double() for t in tensors)) == 0
+
+
+@pytest.mark.parametrize("function", [functional.conv2d, functional.refconv2d, functional.thin_refconv2d])
+def test_numbers_and_lists_are_pairs(function: Callable[..., Tensor], counter: Counter) -> None:
+    x, basis = torch.randn(2, 8, 14, 9), torch.randn(8, 1, 3, 3)  # a size that no other test has
+    weights = {
+        functional.conv2d: (basis,),
+        functional.refconv2d: (basis, torch.randn(8, 8, 3, 3)),
+        functional.thin_refconv2d: (basis, torch.randn(8, 9), functional.refocus_factor(basis, 8)),
+    }[function]
+    one, lists = (2, 1, 1), ([2, 2], [1, 1], [1, 1])
+    expected, *others = [
+        [function(x, *weights, None, *geometry, 8) for _ in range(2)]
+        for geometry in (((2, 2), (1, 1), (1, 1)), one, lists)
+    ]
+    assert counter.made == 5  # all but the first
+    for outputs in [expected, *others]:
+        assert all(torch.equal(output, expected[0]) for output in outputs)
+    for stride in (2.0, True, [2], (2, 2, 2), 0, None):
+        with pytest.raises(ValueError, match=f"stride .={re.escape(str(stride))}. must be"):
+            function(x, *weights, None, stride, 1, 1, 8)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -96,6 +96,17 @@ def test_one_operator_each_way(kernels: str, case: Case, own: bool, form: str, a
 
 
 @needs_native
+@pytest.mark.parametrize("geometry", [(1, 1, 1), ([1, 1], [1, 1], [1, 1])], ids=str)
+def test_numbers_and_lists_are_pairs(geometry: Any) -> None:
+    case = NAMED["depthwise"]
+    x, (basis, refocus, bias) = case.input(torch.float32), case.tensors(torch.float32)
+    with Seen() as seen:
+        y = functional.refconv2d(x, basis, refocus, bias, *geometry, case.groups)
+    assert seen.matching("refconv", "convolution") == ["refconv_cpu::refconv2d"]
+    assert torch.equal(y, functional.refconv2d(x, basis, refocus, bias, *UNIT, case.groups))
+
+
+@needs_native
 def test_what_stays_two_steps() -> None:
     case = NAMED["dense"]
     x, (basis, refocus, bias) = case.input(torch.float32), case.tensors(torch.float32)

@@ -42,16 +42,25 @@ std::unordered_map<std::vector<int64_t>, bool, Hash>& known() {
 // backward_in_python() calls it; never released, as Python may be gone by then.
 PyObject* python_backward = nullptr;
 
+bool read_number(PyObject* object, int64_t& number) {
+  if (!PyLong_CheckExact(object)) return false;
+  int overflow = 0;
+  number = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow == 0;
+}
+
+// One number for both, or two of them.
 bool read_pair(PyObject* object, std::array<int64_t, 2>& pair, std::vector<int64_t>& problem) {
-  if (!PyTuple_CheckExact(object) || PyTuple_GET_SIZE(object) != 2) return false;
-  for (size_t k = 0; k < 2; ++k) {
-    PyObject* number = PyTuple_GET_ITEM(object, static_cast<Py_ssize_t>(k));
-    if (!PyLong_CheckExact(number)) return false;
-    int overflow = 0;
-    pair[k] = PyLong_AsLongLongAndOverflow(number, &overflow);
-    if (overflow != 0) return false;
-    problem.push_back(pair[k]);
+  if (PyTuple_CheckExact(object) || PyList_CheckExact(object)) {
+    if (PySequence_Fast_GET_SIZE(object) != 2) return false;
+    for (size_t k = 0; k < 2; ++k) {
+      if (!read_number(PySequence_Fast_GET_ITEM(object, static_cast<Py_ssize_t>(k)), pair[k])) return false;
+    }
+  } else {
+    if (!read_number(object, pair[0])) return false;
+    pair[1] = pair[0];
   }
+  problem.insert(problem.end(), pair.begin(), pair.end());
   return true;
 }
 

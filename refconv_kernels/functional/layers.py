@@ -48,11 +48,12 @@ def refconv2d(
     output = native.call(*call)
     if output is not None:
         return output
+    both = [_both(value) for value in geometry]
     input = _autocast(input)
-    backend, own = _one_call("refconv2d", input, basis, (refocus,), bias, *geometry, groups, padding_mode)
+    backend, own = _one_call("refconv2d", input, basis, (refocus,), bias, *both, groups, padding_mode)
     if backend != "reference":
         native.remember(backend, own, *call)
-        return apply(RefConv2d, input, basis, refocus, bias, identity, *geometry, own, backend)[0]
+        return apply(RefConv2d, input, basis, refocus, bias, identity, *both, own, backend)[0]
     check_tensors(refocus=refocus)
     if refocus.dim() == 4 and refocus.shape[1] != groups:
         raise ValueError(f"refocus.shape[1] (={refocus.shape[1]}) must be groups (={groups}), Eq. 2 of the paper")
@@ -90,13 +91,12 @@ def thin_refconv2d(
     output = native.call(*call)
     if output is not None:
         return output
+    both = [_both(value) for value in geometry]
     input = _autocast(input)
-    backend, own = _one_call(
-        "thin_refconv2d", input, basis, (coordinates, factor), bias, *geometry, groups, padding_mode
-    )
+    backend, own = _one_call("thin_refconv2d", input, basis, (coordinates, factor), bias, *both, groups, padding_mode)
     if backend != "reference":
         native.remember(backend, own, *call)
-        return apply(ThinRefConv2d, input, basis, coordinates, factor, bias, identity, *geometry, own, backend)
+        return apply(ThinRefConv2d, input, basis, coordinates, factor, bias, identity, *both, own, backend)
     check_tensors(basis=basis, factor=factor)
     kernels = basis.shape[0] * basis.shape[1] if basis.dim() == 4 else 0
     if kernels and factor.dim() == 3 and factor.shape[0] * groups != kernels:
@@ -105,6 +105,13 @@ def thin_refconv2d(
         )
     weight = thin_refocus_weight(basis, coordinates, factor, identity=identity)
     return conv2d(input, weight, bias, *geometry, groups, padding_mode=padding_mode)
+
+
+def _both(value: Any) -> Any:
+    """One number as two, two as a tuple; anything else is left to the two steps."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value, value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _autocast(input: Tensor) -> Tensor:
@@ -118,7 +125,7 @@ def _one_call(*arguments: Any) -> tuple[str, bool]:
     operator, input, basis, weights, bias, *geometry = arguments
     try:
         problem: Any = (
-            *(operator, *geometry, input.shape, input.stride(), input.dtype, input.device),
+            *(f"{operator} {geometry!r}", input.shape, input.stride(), input.dtype, input.device),  # 1.0 is not 1
             *(basis.shape, basis.stride(), basis.dtype, basis.device),
             *((t.shape, t.dtype, t.device) for t in (*weights, bias) if t is not None),
         )
