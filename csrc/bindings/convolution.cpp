@@ -62,7 +62,7 @@ std::string name_of(const GroupedProblem& p, bool channels_last, int64_t element
   if (channels_last) {
     return cpu::has_nhwc_3x3_tiles(p, element_bytes, false) ? "channels_last tiles of 2x2 pixels, 3x3"
            : cpu::has_nhwc_3x3(p)                           ? "channels_last rows, 3x3"
-           : cpu::has_nhwc_direct(p)                        ? "channels_last pixels, without a copy"
+           : cpu::has_nhwc_direct(p, element_bytes)         ? "channels_last pixels, without a copy"
                                                             : "channels_last tiles";
   }
   if (cpu::has_turned_planes(p)) return "small planes, channels in the lanes";

@@ -8,33 +8,34 @@ namespace refconv::cpu::REFCONV_ISA {
 template <typename S>
 void add_chunks(const GroupedProblem& p, bool nhwc, const S* grad_y, const S* x, double* totals, int64_t chunks,
                 S* grad_weight, S* grad_bias, int64_t begin, int64_t end) {
-  const int64_t taps = p.group_taps(), groups = p.groups(), size = taps * groups + p.out_channels();
+  const int64_t taps = p.taps(), rows = p.multiplier * taps, size = rows * p.channels + p.out_channels();
   const auto add = [&](double* sums, int64_t from, int64_t to) {
     for (int64_t chunk = 1; chunk < chunks; ++chunk) {
       const double* more = sums + chunk * size;
       for (int64_t k = from; k < to; ++k) sums[k] += more[k];
     }
   };
-  for (int64_t t = 0; grad_weight != nullptr && t < taps; ++t) {
-    double* sums = totals + t * groups;
-    add(sums, begin, end);
-    for (int64_t g = begin; g < end; ++g) store_one(grad_weight + g * taps + t, static_cast<Compute<S>>(sums[g]));
+  for (int64_t t = 0; grad_weight != nullptr && t < rows; ++t) {
+    add(totals + t * p.channels, begin * p.per_group, end * p.per_group);
+  }
+  for (int64_t pair = begin * p.multiplier * p.per_group;
+       grad_weight != nullptr && pair < end * p.multiplier * p.per_group; ++pair) {
+    const int64_t out = pair / p.per_group, in = out / p.multiplier * p.per_group + pair % p.per_group;
+    const double* sums = totals + out % p.multiplier * taps * p.channels + in;
+    S* dw = grad_weight + pair * taps;
+    bool finite = true;
+    for (int64_t t = 0; t < taps; ++t) {
+      const double sum = sums[t * p.channels];
+      store_one(dw + t, static_cast<Compute<S>>(sum));
+      finite = finite && is_finite(sum);
+    }
+    if (!finite) exact_weight_gradient(p, nhwc, grad_y, x, out, in, dw);
   }
   if (grad_bias != nullptr) {
-    double* sums = totals + taps * groups;
+    double* sums = totals + rows * p.channels;
     const int64_t first = begin * p.multiplier, last = end * p.multiplier;
     add(sums, first, last);
     for (int64_t c = first; c < last; ++c) store_one(grad_bias + c, static_cast<Compute<S>>(sums[c]));
-  }
-  for (int64_t g = begin; grad_weight != nullptr && g < end; ++g) {
-    for (int64_t channels = 0; channels < p.multiplier * p.per_group; ++channels) {
-      const double* sums = totals + channels * p.taps() * groups + g;
-      bool finite = true;
-      for (int64_t t = 0; t < p.taps(); ++t) finite = finite && is_finite(sums[t * groups]);
-      if (finite) continue;
-      const int64_t out = g * p.multiplier + channels / p.per_group, in = g * p.per_group + channels % p.per_group;
-      exact_weight_gradient(p, nhwc, grad_y, x, out, in, grad_weight + g * taps + channels * p.taps());
-    }
   }
 }
 

@@ -6,8 +6,8 @@
 // the sum of ratios; one square root and one division. At rank 9 that is 72, and the kernel is bound by them.
 // Accumulation: in T, lane by lane along the entries; the lanes in double. The root is turned in double.
 #include "entry_points.h"
+#include "lanes.h"
 #include "scratch.h"
-#include "simd.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {

@@ -10,9 +10,9 @@
 #include "entry_points.h"
 #include "exact_gradient.h"
 #include "grouped_plane.h"
+#include "lanes.h"
 #include "planes_3x3.h"
 #include "scratch.h"
-#include "simd.h"
 #include "streaming.h"
 
 namespace refconv::cpu::REFCONV_ISA {

@@ -9,9 +9,9 @@
 // share rows of input, so that a loaded vector and a loaded weight serve several outputs.
 #include "elements.h"
 #include "entry_points.h"
+#include "lanes.h"
 #include "planes_3x3.h"
 #include "scratch.h"
-#include "simd.h"
 #include "streaming.h"
 
 namespace refconv::cpu::REFCONV_ISA {

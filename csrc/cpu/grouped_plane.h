@@ -8,9 +8,9 @@
 
 #include "elements.h"
 #include "grouped_pass.h"
+#include "lanes.h"
 #include "lattice.h"
 #include "scratch.h"
-#include "simd.h"
 #include "streaming.h"
 
 namespace refconv::cpu::REFCONV_ISA {

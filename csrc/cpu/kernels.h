@@ -22,7 +22,7 @@ struct GroupedKernels {
   void (*backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
                    S* grad_bias, int64_t begin, int64_t end);
   // Tasks: the channels, of `chunks` parts of the batch one after the other. grad_x may be null. Sets totals, of
-  // (per_group * taps + 1) * out_channels numbers per chunk: the sums of dW [multiplier, per_group, taps, groups], then
+  // (per_group * taps + 1) * out_channels numbers per chunk: the sums of dW [multiplier, taps, channels], then
   // those of dbias, anything where not needed. They depend on `chunks`, so that must not depend on the threads.
   void (*turned_backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x,
                           double* totals, int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end);
@@ -158,11 +158,17 @@ template <> inline FusedSgdKernel<double> Kernels::fused_sgd() const { return fu
   return p.batch * pixels * line >= kBackwardBytes && p.pad_h == 1 && p.pad_w == 1 && line % 64 == 0;
 }
 
-// Whether the forward of channels_last maps reads pixels where they are (nhwc_direct.h): each is met so few times that
-// copying rows before would be most of the work.
-[[maybe_unused]] static bool has_nhwc_direct(const GroupedProblem& p) {
-  constexpr int64_t kFew = 4;
-  return p.multiplier == 1 && p.per_group == 1 && p.taps() <= kFew * p.stride_h * p.stride_w && !has_nhwc_3x3(p);
+// How often a pixel of x is met by taps, on average, at most `times`.
+[[maybe_unused]] static bool meets_at_most(const GroupedProblem& p, int64_t times) {
+  return p.taps() <= times * p.stride_h * p.stride_w;
+}
+
+// Whether the forward of channels_last maps, of a type of so many bytes, reads pixels where they are (nhwc_direct.h):
+// each is met so few times that copying rows before would be most of the work. To convert a pixel each time, or to
+// leave many lanes idle, makes it worth less.
+[[maybe_unused]] static bool has_nhwc_direct(const GroupedProblem& p, int64_t element_bytes) {
+  const bool cheap = element_bytes >= 4 && p.channels * element_bytes >= 96;
+  return p.multiplier == 1 && p.per_group == 1 && meets_at_most(p, cheap ? 9 : 4) && !has_nhwc_3x3(p);
 }
 
 // Whether planes are so small that a block of channels is turned into the lanes of vectors (turned_planes.cpp).

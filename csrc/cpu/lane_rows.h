@@ -1,19 +1,44 @@
-// Rows of channels_last maps for loops that want neither edges nor types nor steps between pixels: one vector of
-// channels wide, converted to the compute type, one vector per pixel, with zeros on both sides. And these loops.
+// Rows of channels_last maps for loops that want neither edges nor types nor steps between pixels (lane_tiles.h): one
+// vector of channels wide, converted to the compute type, one vector per pixel, with zeros on both sides.
 #pragma once
 
 #include "elements.h"
+#include "lanes.h"
 #include "scratch.h"
-#include "simd.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 
-constexpr int kMostTile = 8;   // pixels computed together
-constexpr int kLeastTile = 4;  // as many sums as keep the multiply-adds half busy
-constexpr int kMostTaps = 7;   // of a row, in one pass over a tile
-// Pixels that several taps meet wait in registers; where those are few they are operands from the first cache, and
-// all registers are sums.
-constexpr bool kKeepsPixels = kVectorRegisters == 32;
+// The channels of another map that lanes meet where these are the channels [begin, begin + count) of one: a group has
+// `own` channels in the one and `met` in the other. Lane i meets the channels first + index[i] + m, m < met.
+template <typename T>
+struct MetChannels {
+  int64_t first, met, span;  // all of them are the `span` channels from `first` on
+  Indices<T> index;
+
+  MetChannels(int64_t begin, int64_t count, int64_t own, int64_t met)
+      : first(begin / own * met), met(met), span(met), index{} {
+    for (int64_t lane = 0, member = begin % own; lane < count; ++lane) {
+      if (member == own) span += met, member = 0;
+      index[lane] = static_cast<std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>(span - met);
+      ++member;
+    }
+  }
+};
+
+// Of `count` pixels, `step` apart, the channels index[lane] of their first `span`, which fit VECTORS vectors.
+template <typename S, int VECTORS, typename T>
+REFCONV_APART void choose_channels(const S* from, int64_t step, int64_t span, Indices<T> index, T* to, int64_t to_step,
+                                   int64_t count) {
+  constexpr int64_t kLane = kLanes<T>;
+  for (int64_t j = 0; j < count; ++j, from += step, to += to_step) {
+    if constexpr (VECTORS == 1) {
+      store(to, choose<T>(span == kLane ? load(from) : load_partial(from, span), index));
+    } else {
+      const Vec<T> low = choose<T>(load(from), index), high = choose<T>(load_lanes(from + kLane, span - kLane), index);
+      store(to, index < kLane ? low : high);
+    }
+  }
+}
 
 // The last few rows of a map, `rows` of them, each with `left` pixels of zeros before its `width` pixels and
 // `pitch` in all. Of the pixels only those are taken that lie a multiple of `every` from the first zero: others no tap
@@ -48,18 +73,34 @@ class LaneRows {
     }
   }
 
-  // The same for maps of `count` groups of `members` channels, side by side in memory: channel m of each group becomes
-  // row h * members + m. `scratch` holds one pixel of them.
+  // Rows h * met to h * met + met - 1 become, in each lane, the channels that it meets, of the map whose first channel
+  // is at `from`; the number of rows is a multiple of `met`. `scratch` holds a pixel of them.
   template <typename S>
-  void take_groups(int64_t h, const S* from, int64_t step, int64_t count, int64_t members, T* scratch) {
-    if (members == 1) return take(h, from, step, count);
-    for (int64_t j = first_; j < width_; j += every_) {
-      for (int64_t k = 0; k < count * members; k += kLane) {
-        store(scratch + k, load_lanes(from + j * step + k, count * members - k));
+  void take_met(int64_t h, const S* from, int64_t step, const MetChannels<T>& channels, T* scratch) {
+    from += channels.first + first_ * step;
+    T* to = pixels(h * channels.met) + first_ * kLane;
+    const int64_t count = ceil_div(width_ - first_, every_), from_step = every_ * step, to_step = every_ * kLane;
+    if (channels.span <= 2 * kLane) {
+      const auto take = channels.span <= kLane ? choose_channels<S, 1, T> : choose_channels<S, 2, T>;
+      Indices<T> index = channels.index;
+      for (int64_t m = 0; m < channels.met; ++m, index += 1, to += pitch_ * kLane) {
+        take(from, from_step, channels.span, index, to, to_step, count);
       }
-      for (int64_t m = 0; m < members; ++m) {
-        T* to = pixels(h * members + m) + j * kLane;
-        for (int64_t lane = 0; lane < count; ++lane) to[lane] = scratch[lane * members + m];
+      return;
+    }
+    for (int64_t j = 0; j < count; ++j, from += from_step, to += to_step) {
+      const T* pixel;
+      if constexpr (sizeof(S) == sizeof(T)) {
+        pixel = from;
+      } else {
+        for (int64_t k = 0; k < channels.span; k += kLane) {
+          store(scratch + k, load_lanes(from + k, channels.span - k));
+        }
+        pixel = scratch;
+      }
+      for (int64_t m = 0; m < channels.met; ++m) {
+        T* row = to + m * pitch_ * kLane;
+        for (int64_t lane = 0; lane < kLane; ++lane) row[lane] = pixel[static_cast<int64_t>(channels.index[lane]) + m];
       }
     }
   }
@@ -67,232 +108,6 @@ class LaneRows {
  private:
   int64_t rows_, left_, width_, pitch_, every_, first_;
   Scratch<T> data_;
-};
-
-// A row of LaneRows, and the weights that meet it.
-template <typename T>
-struct TapRow {
-  const T *pixels, *weight;
-};
-
-// What each row of a strip meets, the same for all vectors of channels: weights are those of the first one.
-template <typename T>
-class MetRows {
- public:
-  // Up to `rows` rows, each of which meets up to `most` others.
-  MetRows(int64_t rows, int64_t most) : most_(most), met_(rows * most), counts_(rows) {}
-  void clear(int64_t row) { counts_[row] = 0; }
-  void add(int64_t row, TapRow<T> met) { met_[row * most_ + counts_[row]++] = met; }
-  const TapRow<T>* at(int64_t row) const { return met_.data() + row * most_; }
-  int64_t count(int64_t row) const { return counts_[row]; }
-
- private:
-  int64_t most_;
-  Scratch<TapRow<T>> met_;
-  Scratch<int64_t> counts_;
-};
-
-// What every pixel of a tile meets: `row_count` rows, `columns` taps in each. In LaneRows, pixels of the tile are
-// `stride` apart, taps `dilation`; the weights of a row lie `weight_step` apart, from `first_weight` on.
-template <typename T>
-struct TileTaps {
-  const TapRow<T>* rows;
-  int64_t row_count, columns, stride, dilation, first_weight, weight_step;
-};
-
-// Adds what TAPS neighbouring taps of one row add to the sums of a tile.
-template <typename T, int PIXELS, int STRIDE, int TAPS>
-REFCONV_INLINE void meet_taps(Vec<T> (&sum)[PIXELS], const T* from, const T* weight, int64_t step) {
-  constexpr int kSeen = (PIXELS - 1) * STRIDE + TAPS, kKept = kKeepsPixels ? kSeen : 0;
-  Vec<T> pixel[kSeen];
-#pragma GCC unroll 32
-  for (int k = 0; k < kKept; ++k) pixel[k] = in_register(load(from + k * kLanes<T>));
-#pragma GCC unroll 8
-  for (int b = 0; b < TAPS; ++b) {
-    const Vec<T> w = in_register(load(weight + b * step));
-#pragma GCC unroll 8
-    for (int n = 0; n < PIXELS; ++n) {
-      const int k = n * STRIDE + b;
-      sum[n] += w * (kKeepsPixels ? pixel[k] : load(from + k * kLanes<T>));
-    }
-  }
-}
-
-// PIXELS outputs, from `offset` in the rows on; STRIDE 0 is any stride and dilation. Each goes to `to`, `to_step`
-// after the one before.
-template <typename T, int PIXELS, int STRIDE>
-void correlate_tile(const TileTaps<T>& taps, int64_t offset, Vec<T> start, T* to, int64_t to_step, bool around) {
-  constexpr int64_t kLane = kLanes<T>;
-  Vec<T> sum[PIXELS];
-#pragma GCC unroll 8
-  for (int n = 0; n < PIXELS; ++n) sum[n] = start;
-  for (int64_t a = 0; a < taps.row_count; ++a) {
-    const T *from = taps.rows[a].pixels + offset, *weight = taps.rows[a].weight + taps.first_weight;
-    if constexpr (STRIDE == 0) {
-      const int64_t tap_step = taps.dilation * kLane, pixel_step = taps.stride * kLane;
-      for (int64_t b = 0; b < taps.columns; ++b, from += tap_step, weight += taps.weight_step) {
-        const Vec<T> w = in_register(load(weight));
-#pragma GCC unroll 8
-        for (int n = 0; n < PIXELS; ++n) sum[n] += w * load(from + n * pixel_step);
-      }
-    } else {
-      const int64_t step = taps.weight_step;
-      int64_t left = taps.columns;
-      for (; left > kMostTaps; left -= kMostTaps, from += kMostTaps * kLane, weight += kMostTaps * step) {
-        meet_taps<T, PIXELS, STRIDE, kMostTaps>(sum, from, weight, step);
-      }
-      switch (left) {
-          // clang-format off
-        case 1: meet_taps<T, PIXELS, STRIDE, 1>(sum, from, weight, step); break;
-        case 2: meet_taps<T, PIXELS, STRIDE, 2>(sum, from, weight, step); break;
-        case 3: meet_taps<T, PIXELS, STRIDE, 3>(sum, from, weight, step); break;
-        case 4: meet_taps<T, PIXELS, STRIDE, 4>(sum, from, weight, step); break;
-        case 5: meet_taps<T, PIXELS, STRIDE, 5>(sum, from, weight, step); break;
-        case 6: meet_taps<T, PIXELS, STRIDE, 6>(sum, from, weight, step); break;
-        case 7: meet_taps<T, PIXELS, STRIDE, 7>(sum, from, weight, step); break;
-        default: break;
-          // clang-format on
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int n = 0; n < PIXELS; ++n) {
-    around ? store_around_cache(to + n * to_step, sum[n]) : store(to + n * to_step, sum[n]);
-  }
-}
-
-// total[b] += the sum over j < width of dy[j] * x[j * stride + b * dilation], for TAPS neighbouring taps b, `step`
-// apart in total. STRIDE 0 is any stride and dilation.
-template <typename T, int STRIDE, int TAPS>
-void add_products(const T* x, const T* dy, int64_t width, int64_t stride, int64_t dilation, T* total, int64_t step) {
-  constexpr int64_t kLane = kLanes<T>;
-  constexpr int kTogether = STRIDE == 0 ? 1 : 4, kSeen = (kTogether - 1) * STRIDE + TAPS;
-  // Of each tap: one sum waits for the last multiply-add.
-  constexpr int kSums = STRIDE != 0 && (TAPS < 4 || !kKeepsPixels) ? 2 : 1;
-  Vec<T> sum[kSums][TAPS] = {};
-#pragma GCC unroll 8
-  for (int b = 0; b < TAPS; ++b) sum[0][b] = load(total + b * step);
-  const auto meet = [&](int64_t j, auto together) {
-    constexpr int kPixels = decltype(together)::value;
-    const T* from = x + j * stride * kLane;
-    const int64_t tap_step = (STRIDE == 0 ? dilation : 1) * kLane;
-    Vec<T> pixel[kSeen];
-#pragma GCC unroll 16
-    for (int k = 0; kKeepsPixels && k < (kPixels - 1) * STRIDE + TAPS; ++k) {
-      pixel[k] = in_register(load(from + k * tap_step));
-    }
-#pragma GCC unroll 4
-    for (int n = 0; n < kPixels; ++n) {
-      const Vec<T> g = in_register(load(dy + (j + n) * kLane));
-#pragma GCC unroll 8
-      for (int b = 0; b < TAPS; ++b) {
-        const int k = n * STRIDE + b;
-        sum[n % kSums][b] += (kKeepsPixels ? pixel[k] : load(from + k * tap_step)) * g;
-      }
-    }
-  };
-  int64_t j = 0;
-  for (; j + kTogether <= width; j += kTogether) meet(j, std::integral_constant<int, kTogether>{});
-  for (; j < width; ++j) meet(j, std::integral_constant<int, 1>{});
-#pragma GCC unroll 8
-  for (int b = 0; b < TAPS; ++b) store(total + b * step, kSums == 2 ? sum[0][b] + sum[kSums - 1][b] : sum[0][b]);
-}
-
-// The same for `taps` neighbouring taps, at most kMostTaps.
-template <typename T, int STRIDE>
-void add_row_products(const T* x, const T* dy, int64_t width, int64_t stride, int64_t dilation, int64_t taps, T* total,
-                      int64_t step) {
-  switch (taps) {
-      // clang-format off
-    case 1: return add_products<T, STRIDE, 1>(x, dy, width, stride, dilation, total, step);
-    case 2: return add_products<T, STRIDE, 2>(x, dy, width, stride, dilation, total, step);
-    case 3: return add_products<T, STRIDE, 3>(x, dy, width, stride, dilation, total, step);
-    case 4: return add_products<T, STRIDE, 4>(x, dy, width, stride, dilation, total, step);
-    case 5: return add_products<T, STRIDE, 5>(x, dy, width, stride, dilation, total, step);
-    case 6: return add_products<T, STRIDE, 6>(x, dy, width, stride, dilation, total, step);
-    default: return add_products<T, STRIDE, 7>(x, dy, width, stride, dilation, total, step);
-      // clang-format on
-  }
-}
-
-// The tiles of a row of `width` outputs: as few as can be, of equal size, the last of which may overlap the one before
-// (or end behind the row, if that is shorter than a tile can be).
-template <typename T>
-struct Tiles {
-  int64_t width, pixels;
-  void (*correlate)(const TileTaps<T>&, int64_t, Vec<T>, T*, int64_t, bool);
-
-  // Pixels `stride` apart meet taps `dilation` apart.
-  Tiles(int64_t row, int64_t stride, int64_t dilation)
-      : width(row), pixels(most(kLeastTile, ceil_div(row, most(1, ceil_div(row, kMostTile))))) {
-    const bool any = stride > 2 || dilation > 1;
-    correlate = any ? of_stride<0>() : stride == 1 ? of_stride<1>() : of_stride<2>();
-  }
-  bool overrun() const { return width < pixels; }
-  int64_t padded() const { return most(width, pixels); }
-
-  // Calls at(j) for the first output of every tile.
-  template <typename At>
-  REFCONV_INLINE void for_each(const At& at) const {
-    for (int64_t j = 0; width > 0; j = least(j + pixels, width - pixels)) {
-      at(j);
-      if (j + pixels >= width) break;
-    }
-  }
-
- private:
-  template <int STRIDE>
-  auto of_stride() const {
-    auto chosen = correlate_tile<T, kLeastTile, STRIDE>;
-    if (pixels == 5) chosen = correlate_tile<T, 5, STRIDE>;
-    if (pixels == 6) chosen = correlate_tile<T, 6, STRIDE>;
-    if (pixels == 7) chosen = correlate_tile<T, 7, STRIDE>;
-    if (pixels == 8) chosen = correlate_tile<T, 8, STRIDE>;
-    return chosen;
-  }
-};
-
-// Rows of tiles on their way to a map: into it at once where its pixels are whole vectors of the compute type,
-// otherwise by way of rows of vectors. The `members` channels of a group lie side by side in memory.
-template <typename S>
-class TileOutput {
-  using T = Compute<S>;
-  static constexpr int64_t kLane = kLanes<T>;
-
- public:
-  TileOutput(int64_t pixels, int64_t members)
-      : members_(members), pitch_(pixels * kLane), rows_(members * pitch_), pixel_(members * kLane) {}
-
-  // A row of `tiles` to `to`, whose pixels are `step` apart, of `count` groups. tile(m, j, to, step, around) computes
-  // the one of channel m of every group that begins with output j.
-  template <typename Tile>
-  REFCONV_INLINE void write(const Tiles<T>& tiles, S* to, int64_t step, int64_t count, bool around, const Tile& tile) {
-    if constexpr (sizeof(S) == sizeof(T)) {
-      if (count >= kLane && members_ == 1 && !tiles.overrun()) {
-        return tiles.for_each([&](int64_t j) { tile(0, j, to + j * step, step, around); });
-      }
-    }
-    for (int64_t m = 0; m < members_; ++m) {
-      tiles.for_each([&](int64_t j) { tile(m, j, rows_.data() + m * pitch_ + j * kLane, kLane, false); });
-    }
-    for (int64_t j = 0; j < tiles.width; ++j) {
-      members_ == 1 ? store_lanes(to + j * step, load(rows_.data() + j * kLane), count)
-                    : interleave(to + j * step, rows_.data() + j * kLane, count);
-    }
-  }
-
- private:
-  void interleave(S* to, const T* from, int64_t count) {
-    for (int64_t m = 0; m < members_; ++m, from += pitch_) {
-      for (int64_t lane = 0; lane < count; ++lane) pixel_[lane * members_ + m] = from[lane];
-    }
-    for (int64_t k = 0; k < count * members_; k += kLane) {
-      store_lanes(to + k, load(pixel_.data() + k), count * members_ - k);
-    }
-  }
-
-  const int64_t members_, pitch_;
-  Scratch<T> rows_, pixel_;
 };
 
 }  // namespace refconv::cpu::REFCONV_ISA

@@ -8,7 +8,7 @@
 
 #include "elements.h"
 #include "kernels.h"
-#include "lane_rows.h"
+#include "lane_tiles.h"
 #include "lattice.h"
 #include "scratch.h"
 #include "simd.h"
@@ -16,13 +16,14 @@
 
 namespace refconv::cpu::REFCONV_ISA {
 
-// Numbers of every group, tap by tap: weights, or sums of their gradients. Between output channel k and input channel m
-// of a group, tap t is tap (k * per_group + m) * taps + t.
+// Numbers of every lane, tap by tap: weights, or sums of their gradients. Forward, lanes are output channels, and tap t
+// with input channel m of the group is tap m * taps + t. Backward they are input channels, and with output channel k of
+// the group it is tap k * taps + t.
 template <typename T>
 struct TapMajor {
   T* data;
-  int64_t step;  // from tap to tap: the groups at least, in whole vectors
-  T* at(int64_t tap, int64_t g) const { return data + tap * step + g; }
+  int64_t step;  // from tap to tap: the lanes at least, in whole vectors
+  T* at(int64_t tap, int64_t lane) const { return data + tap * step + lane; }
 };
 
 // Where the maps are: in the caches already; in memory; or there, with an output that is to be written around the
@@ -51,7 +52,6 @@ class NhwcForward {
   LaneRows<T> x_;
   TileOutput<S> output_;
   MetRows<T> met_;
-  Scratch<Vec<T>> start_;  // of the sums: the bias
   Scratch<T> pixel_;
 };
 
@@ -117,32 +117,31 @@ Maps maps_of(const GroupedProblem& p, const S* output, int64_t pixels) {
   return around ? Maps::kAround : Maps::kMemory;
 }
 
-// What is fetched while something else is computed, a vector for each pixel, in the order of memory; outputs too, since
+// What is fetched while something else is computed, so much for each pixel, in the order of memory; outputs too, since
 // what is written has to be in the cache as well.
 template <typename S>
 struct Next {
   const S* from;
-  int64_t vectors;  // per pixel
+  int64_t elements;  // per pixel
   REFCONV_INLINE void fetch(int64_t pixels) {
-    const int64_t count = pixels * vectors * kLanes<Compute<S>>;
-    prefetch(from, count);
-    from += count;
+    prefetch(from, pixels * elements);
+    from += pixels * elements;
   }
 };
 
-// [multiplier][per_group][taps][groups rounded up], zero in the surplus groups. Rows of an odd number of vectors, lest
-// 512 or 1024 channels put all taps into a few sets of the first cache.
+// [taps][lanes rounded up], zero in the surplus lanes. Rows of an odd number of vectors, lest 512 or 1024 channels put
+// all taps into a few sets of the first cache.
 template <typename S>
 class OwnTaps {
   using T = Compute<S>;
 
  public:
-  explicit OwnTaps(const GroupedProblem& p)
-      : step_((ceil_div(p.groups(), kLanes<T>) | 1) * kLanes<T>), data_(p.group_taps() * step_) {}
-  OwnTaps(const GroupedProblem& p, const S* weight) : OwnTaps(p) {
-    const int64_t size = p.group_taps();
-    for (int64_t g = 0; g < p.groups(); ++g) {
-      for (int64_t t = 0; t < size; ++t) data_[t * step_ + g] = load_one(weight + g * size + t);
+  OwnTaps(int64_t taps, int64_t lanes) : step_((ceil_div(lanes, kLanes<T>) | 1) * kLanes<T>), data_(taps * step_) {}
+  // Tap t of a lane is what place(lane, t) points to.
+  template <typename Place>
+  OwnTaps(int64_t taps, int64_t lanes, const Place& place) : OwnTaps(taps, lanes) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      for (int64_t t = 0; t < taps; ++t) data_[t * step_ + lane] = load_one(place(lane, t));
     }
   }
   TapMajor<T> view() { return {data_.data(), step_}; }

@@ -104,15 +104,15 @@ NhwcBackward<S>::NhwcBackward(const GroupedProblem& p, bool need_input, bool nee
       lattices_(p),
       strip_(strip_of<S>(p)),
       left_(zeros_before(lattices_, p)),
-      x_(p.per_group, p.pad_w, p.in_w, (p.out_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1,
+      x_(1, p.pad_w, p.in_w, (p.out_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1,
          gcd(p.stride_w, p.dilation_w)),
       dy_(least(p.out_h, (p.kernel_h - 1) * p.dilation_h / p.stride_h + 1) * p.multiplier, left_, p.out_w,
           left_ + p.out_w + zeros_behind(lattices_, p)),
-      output_(most(kLeastTile, ceil_div(p.in_w, p.stride_w)), p.per_group),
-      met_(most(1, least(strip_, p.in_h)), p.multiplier * p.per_group * p.kernel_h),
-      pixel_(most(p.multiplier, p.per_group) * kLanes<T>) {}
+      output_(most(kLeastTile, ceil_div(p.in_w, p.stride_w))),
+      met_(most(1, least(strip_, p.in_h)), p.multiplier * p.kernel_h),
+      pixel_((p.multiplier + 1) * kLanes<T>) {}
 
-// What rows of x from row i on meet: for each input channel of a group the rows of dy of all output channels.
+// What rows of x from row i on meet: the rows of dy of all output channels of a group.
 template <typename S>
 void NhwcBackward<S>::find_met(TapMajor<const T> weight, int64_t i, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row) {
@@ -121,12 +121,10 @@ void NhwcBackward<S>::find_met(TapMajor<const T> weight, int64_t i, int64_t rows
     int64_t top, bottom;
     clip(h, taps.shift, p_.out_h, taps.count, &top, &bottom);
     met_.clear(row);
-    for (int64_t m = 0; m < p_.per_group; ++m) {
-      for (int64_t k = 0; k < p_.multiplier; ++k) {
-        for (int64_t a = top; a < bottom; ++a) {
-          const int64_t tap = (k * p_.per_group + m) * p_.taps() + (taps.last - a * taps.step) * p_.kernel_w;
-          met_.add(row, {dy_.row((h + a * taps.shift) * p_.multiplier + k), weight.at(tap, 0)});
-        }
+    for (int64_t k = 0; k < p_.multiplier; ++k) {
+      for (int64_t a = top; a < bottom; ++a) {
+        const int64_t tap = k * p_.taps() + (taps.last - a * taps.step) * p_.kernel_w;
+        met_.add(row, {dy_.row((h + a * taps.shift) * p_.multiplier + k), weight.at(tap, 0)});
       }
     }
   }
@@ -144,44 +142,48 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
                    : p_.stride_w == 1                   ? add_row_products<T, 1>
                                                         : add_row_products<T, 2>;
   const bool fetched = maps != Maps::kCached;
-  Next<S> next_x{x + (i + rows) * x_pitch, fetched ? 1 : 0};
-  Next<S> next_dx{need_input_ ? grad_x + (i + rows) * x_pitch : nullptr, need_input_ && maps == Maps::kMemory ? 1 : 0};
-  Next<S> next_dy{grad_y + (last_met(i + rows - 1) + 1) * y_pitch, fetched ? p_.multiplier : 0};
+  Next<S> next_x{x + (i + rows) * x_pitch, fetched ? kLane : 0};
+  Next<S> next_dx{need_input_ ? grad_x + (i + rows) * x_pitch : nullptr,
+                  need_input_ && maps == Maps::kMemory ? kLane : 0};
+  Next<S> next_dy{grad_y + (last_met(i + rows - 1) + 1) * y_pitch,
+                  fetched ? ceil_div(p_.multiplier * kLane, p_.per_group) : 0};
+  const bool depthwise = p_.multiplier == 1 && p_.per_group == 1;
   find_met(weight, i, rows);
-  for (int64_t g = 0; g < p_.groups(); g += kLane) {
-    const int64_t count = least(kLane, p_.groups() - g);
+  for (int64_t c = 0; c < p_.channels; c += kLane) {
+    const int64_t count = least(kLane, p_.channels - c);
+    const MetChannels<T> met_channels(c, count, p_.per_group, p_.multiplier);
     for (int64_t row = i, taken = 0; row < i + rows; ++row) {
       taken = most(taken, ceil_div(row + p_.pad_h - reach, p_.stride_h));
       for (; taken <= last_met(row); ++taken) {
-        const S* from = grad_y + taken * y_pitch + g * p_.multiplier;
-        dy_.take_groups(taken, from, y_step, count, p_.multiplier, pixel_.data());
+        const S* from = grad_y + taken * y_pitch;
+        depthwise ? dy_.take(taken, from + c, y_step, count)
+                  : dy_.take_met(taken, from, y_step, met_channels, pixel_.data());
       }
       const TapRow<T>* met = met_.at(row - i);
       const int64_t met_count = met_.count(row - i);
-      const int64_t of_one = met_count / p_.per_group;  // rows that an input channel meets
-      if (need_weight_ && met_count > 0) {              // the sums lie as the weights do
-        x_.take_groups(0, x + row * x_pitch + g * p_.per_group, p_.channels, count, p_.per_group, pixel_.data());
+      if (need_weight_ && met_count > 0) {  // the sums lie as the weights do
+        x_.take(0, x + row * x_pitch + c, p_.channels, count);
         for (int64_t k = 0; k < met_count; ++k) {
-          add_row(p_, add, x_.row(k / of_one), met[k].pixels + left_ * kLane,
-                  total.data + (met[k].weight - weight.data) + g, total.step);
+          add_row(p_, add, x_.row(0), met[k].pixels + left_ * kLane, total.data + (met[k].weight - weight.data) + c,
+                  total.step);
         }
       }
       for (int64_t f = 0; need_input_ && f < p_.stride_w; ++f) {
         const LatticeTaps& columns = lattices_.columns[f];
         const Tiles<T> tiles(ceil_div(p_.in_w - f, p_.stride_w), 1, columns.shift);
         const bool clips = meets_only_zeros(tiles.pixels, 1, -columns.first_dy);
-        output_.write(tiles, grad_x + row * x_pitch + f * p_.channels + g * p_.per_group, p_.stride_w * p_.channels,
-                      count, maps == Maps::kAround, [&](int64_t m, int64_t v, T* to, int64_t to_step, bool around) {
+        output_.write(tiles, grad_x + row * x_pitch + f * p_.channels + c, p_.stride_w * p_.channels, count,
+                      maps == Maps::kAround, [&](int64_t v, T* to, int64_t to_step, bool around) {
                         int64_t left = 0, right = columns.count;
                         if (clips) {
                           clip_tile(tiles.pixels, 1, v + columns.first_dy, columns.shift, p_.out_w, &left, &right);
                         }
-                        const TileTaps<T> seen{met + m * of_one,
-                                               of_one,
+                        const TileTaps<T> seen{met,
+                                               met_count,
                                                right - left,
                                                1,
                                                columns.shift,
-                                               (columns.last - left * columns.step) * weight.step + g,
+                                               (columns.last - left * columns.step) * weight.step + c,
                                                -columns.step * weight.step};
                         tiles.correlate(seen, (v + columns.first_dy + left * columns.shift + left_) * kLane, Vec<T>{},
                                         to, to_step, around);
@@ -189,7 +191,7 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
                       });
       }
       if (row % p_.stride_h == 0) next_dy.fetch(p_.out_w);
-      if (!need_input_) next_x.fetch(p_.in_w * p_.per_group);
+      if (!need_input_) next_x.fetch(p_.in_w);
     }
   }
 }
@@ -244,9 +246,13 @@ template <typename S>
 void nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
                    int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end) {
   using T = Compute<S>;
-  const OwnTaps<S> taps(p, weight);
+  const int64_t size_of_lane = p.multiplier * p.taps();
+  const OwnTaps<S> taps(size_of_lane, p.channels, [&](int64_t c, int64_t t) {
+    const int64_t out = c / p.per_group * p.multiplier + t / p.taps();
+    return weight + (out * p.per_group + c % p.per_group) * p.taps() + t % p.taps();
+  });
+  OwnTaps<S> total(size_of_lane, p.channels);
   NhwcBackward<S> backward(p, grad_x != nullptr, need_weight);
-  OwnTaps<S> total(p);
   const int64_t rows = p.batch * p.in_h, out_rows = p.batch * p.out_h, strip = most(1, kStripTerms / p.in_w);
   const int64_t size = p.group_taps() * p.groups() + p.out_channels();
   const Maps maps = grad_x != nullptr ? maps_of(p, grad_x, p.batch * p.in_size()) : Maps::kMemory;
@@ -266,9 +272,9 @@ void nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S
                    grad_x != nullptr ? grad_x + image : nullptr, i, some, total.view(), maps);
       row += some;
       if (!need_weight) continue;
-      for (int64_t t = 0; t < p.group_taps(); ++t) {
+      for (int64_t t = 0; t < size_of_lane; ++t) {
         const T* from = total.view().at(t, 0);
-        for (int64_t g = 0; g < p.groups(); ++g) sums[t * p.groups() + g] += static_cast<double>(from[g]);
+        for (int64_t c = 0; c < p.channels; ++c) sums[t * p.channels + c] += static_cast<double>(from[c]);
       }
       total.clear();
     }

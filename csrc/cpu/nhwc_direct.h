@@ -67,6 +67,8 @@ inline bool sees_all_pixels(const GroupedProblem& p) {
 template <typename S>
 void direct_row(const GroupedProblem& p, TapMajor<const Compute<S>> weight, const S* x, const S* bias, S* y, int64_t i,
                 Maps maps) {
+  using T = Compute<S>;
+  constexpr int64_t kLane = kLanes<T>;
   const int64_t x_pitch = p.in_w * p.channels, h = i * p.stride_h - p.pad_h;
   int64_t top, bottom;
   clip(h, p.dilation_h, p.in_h, p.kernel_h, &top, &bottom);
@@ -74,8 +76,8 @@ void direct_row(const GroupedProblem& p, TapMajor<const Compute<S>> weight, cons
   const int64_t after = least(p.in_h, h + (p.kernel_h - 1) * p.dilation_h + 1);
   // Whole rows are fetched, which would cost more than it saves if only parts of them were needed.
   const bool fetched = maps != Maps::kCached && sees_all_pixels(p);
-  Next<S> next_x{x + after * x_pitch, fetched ? p.stride_h * p.stride_w : 0};
-  Next<S> next_y{to + p.out_w * p.channels, maps == Maps::kMemory ? 1 : 0};
+  Next<S> next_x{x + after * x_pitch, fetched ? p.stride_h * p.stride_w * kLane : 0};
+  Next<S> next_y{to + p.out_w * p.channels, maps == Maps::kMemory ? kLane : 0};
   DirectTaps<S> taps{nullptr,
                      bottom - top,
                      p.dilation_h * x_pitch,
@@ -94,9 +96,12 @@ void direct_row(const GroupedProblem& p, TapMajor<const Compute<S>> weight, cons
     taps.weight = {weight.at(top * p.kernel_w + left, 0), weight.step};
     correlate_direct<S, 1>(taps, bias, to + j * p.channels, p.channels, maps, next_x, next_y);
   };
-  // The outputs that meet all columns of taps. With strides they share few pixels: two at a time are nearer the order
-  // of memory, where a vector is a line.
-  const bool in_pairs = fetched && p.stride_h * p.stride_w > 1 && kLanes<Compute<S>> * sizeof(S) == 64;
+  // The outputs that meet all columns of taps. With strides they may share few pixels: two at a time are nearer the
+  // order of memory, where a vector is a line, unless that means to load many weights from beyond the first cache.
+  constexpr int64_t kWeightBytes = 20 << 10;
+  const bool lines = kLane * sizeof(S) == 64 && p.channels % kLane == 0;
+  const bool light = meets_at_most(p, 4) || p.taps() * p.channels * static_cast<int64_t>(sizeof(T)) <= kWeightBytes;
+  const bool in_pairs = fetched && p.stride_h * p.stride_w > 1 && lines && light;
   const int64_t reach = (p.kernel_w - 1) * p.dilation_w;
   const int64_t begin = least(p.out_w, ceil_div(p.pad_w, p.stride_w));
   const int64_t room = p.in_w + p.pad_w - 1 - reach;  // the last column they may begin with

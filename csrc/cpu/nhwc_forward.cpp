@@ -51,12 +51,11 @@ NhwcForward<S>::NhwcForward(const GroupedProblem& p)
       tiles_(p.out_w, p.stride_w, p.dilation_w),
       x_(least(span_of(p), p.in_h) * p.per_group, p.pad_w, p.in_w,
          (tiles_.padded() - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1, gcd(p.stride_w, p.dilation_w)),
-      output_(tiles_.padded(), p.multiplier),
-      met_(strip_, p.multiplier * p.per_group * p.kernel_h),
-      start_(p.multiplier),
-      pixel_(p.per_group * kLanes<T>) {}
+      output_(tiles_.padded()),
+      met_(strip_, p.per_group * p.kernel_h),
+      pixel_((p.per_group + 1) * kLanes<T>) {}
 
-// What rows of y from row i on meet: for each output channel of a group the rows of x of all input channels.
+// What rows of y from row i on meet: the rows of x of all input channels of a group.
 template <typename S>
 void NhwcForward<S>::find_met(TapMajor<const T> weight, int64_t i, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row) {
@@ -64,10 +63,10 @@ void NhwcForward<S>::find_met(TapMajor<const T> weight, int64_t i, int64_t rows)
     int64_t top, bottom;
     clip(h, p_.dilation_h, p_.in_h, p_.kernel_h, &top, &bottom);
     met_.clear(row);
-    for (int64_t channels = 0; channels < p_.multiplier * p_.per_group; ++channels) {
+    for (int64_t m = 0; m < p_.per_group; ++m) {
       for (int64_t a = top; a < bottom; ++a) {
-        met_.add(row, {x_.row((h + a * p_.dilation_h) * p_.per_group + channels % p_.per_group),
-                       weight.at(channels * p_.taps() + a * p_.kernel_w, 0)});
+        met_.add(row,
+                 {x_.row((h + a * p_.dilation_h) * p_.per_group + m), weight.at(m * p_.taps() + a * p_.kernel_w, 0)});
       }
     }
   }
@@ -76,40 +75,39 @@ void NhwcForward<S>::find_met(TapMajor<const T> weight, int64_t i, int64_t rows)
 template <typename S>
 void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows,
                                Maps maps) {
-  const int64_t x_pitch = p_.in_w * p_.channels, y_step = p_.out_channels(), y_pitch = p_.out_w * y_step;
+  constexpr int64_t kLane = kLanes<T>;
+  const int64_t x_pitch = p_.in_w * p_.channels, channels = p_.out_channels(), y_pitch = p_.out_w * channels;
   const int64_t every = gcd(p_.stride_h, p_.dilation_h);  // of the rows that one of y spans, those it may meet
   const int64_t after = least(p_.in_h, (i + rows - 1) * p_.stride_h - p_.pad_h + span_of(p_));
   const bool clips = meets_only_zeros(tiles_.pixels, p_.stride_w, p_.pad_w);
-  Next<S> next_x{x + after * x_pitch, maps == Maps::kCached ? 0 : p_.stride_h * p_.stride_w * p_.per_group};
-  Next<S> next_y{y + (i + rows) * y_pitch, maps == Maps::kMemory ? 1 : 0};
+  const bool depthwise = p_.multiplier == 1 && p_.per_group == 1;
+  const int64_t seen = p_.stride_h * p_.stride_w * ceil_div(p_.per_group * kLane, p_.multiplier);
+  Next<S> next_x{x + after * x_pitch, maps == Maps::kCached ? 0 : seen};
+  Next<S> next_y{y + (i + rows) * y_pitch, maps == Maps::kMemory ? kLane : 0};
   find_met(weight, i, rows);
-  for (int64_t g = 0; g < p_.groups(); g += kLanes<T>) {
-    const int64_t count = least(kLanes<T>, p_.groups() - g);
-    for (int64_t k = 0; bias != nullptr && k < p_.multiplier; ++k) {
-      for (int64_t lane = 0; lane < count; ++lane) start_[k][lane] = load_one(bias + (g + lane) * p_.multiplier + k);
-    }
+  for (int64_t c = 0; c < channels; c += kLane) {
+    const int64_t count = least(kLane, channels - c);
+    const Vec<T> start = bias != nullptr ? load_lanes(bias + c, count) : Vec<T>{};
+    const MetChannels<T> met_channels(c, count, p_.multiplier, p_.per_group);
     for (int64_t row = i, taken = 0; row < i + rows; ++row) {
       const int64_t h = row * p_.stride_h - p_.pad_h;
       for (taken = most(taken, h); taken < least(p_.in_h, h + span_of(p_)); ++taken) {
         if ((taken - h) % every != 0) continue;
-        const S* from = x + taken * x_pitch + g * p_.per_group;
-        x_.take_groups(taken, from, p_.channels, count, p_.per_group, pixel_.data());
+        const S* from = x + taken * x_pitch;
+        depthwise ? x_.take(taken, from + c, p_.channels, count)
+                  : x_.take_met(taken, from, p_.channels, met_channels, pixel_.data());
       }
-      const TapRow<T>* met = met_.at(row - i);
-      const int64_t of_one = met_.count(row - i) / p_.multiplier;  // rows that an output channel meets
       output_.write(
-          tiles_, y + row * y_pitch + g * p_.multiplier, y_step, count, maps == Maps::kAround,
-          [&](int64_t k, int64_t j, T* to, int64_t to_step, bool around) {
+          tiles_, y + row * y_pitch + c, channels, count, maps == Maps::kAround,
+          [&](int64_t j, T* to, int64_t to_step, bool around) {
             int64_t left = 0, right = p_.kernel_w;
             if (clips) {
               clip_tile(tiles_.pixels, p_.stride_w, j * p_.stride_w - p_.pad_w, p_.dilation_w, p_.in_w, &left, &right);
             }
-            const TileTaps<T> taps{met + k * of_one,       of_one,     right - left, p_.stride_w, p_.dilation_w,
-                                   left * weight.step + g, weight.step};
-            tiles_.correlate(taps, (j * p_.stride_w + left * p_.dilation_w) * kLanes<T>, start_[k], to, to_step,
-                             around);
-            if (k == 0) next_x.fetch(tiles_.pixels);
-            next_y.fetch(tiles_.pixels);
+            const TileTaps<T> taps{met_.at(row - i), met_.count(row - i),    right - left, p_.stride_w,
+                                   p_.dilation_w,    left * weight.step + c, weight.step};
+            tiles_.correlate(taps, (j * p_.stride_w + left * p_.dilation_w) * kLane, start, to, to_step, around);
+            next_x.fetch(tiles_.pixels), next_y.fetch(tiles_.pixels);
           });
     }
   }
@@ -136,7 +134,7 @@ template <typename S>
 void NhwcForward<S>::run(TapMajor<const T> weight, const S* x, const S* bias, S* y, int64_t i, int64_t rows,
                          Maps maps) {
   const bool is_3x3 = has_nhwc_3x3(p_);
-  if (has_nhwc_direct(p_)) {
+  if (has_nhwc_direct(p_, sizeof(S))) {
     for (int64_t row = i; row < i + rows; ++row) direct_row(p_, weight, x, bias, y, row, maps);
     return;
   }
@@ -156,7 +154,8 @@ template class NhwcForward<double>;
 template <typename S>
 void nhwc_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                   int64_t end) {
-  const OwnTaps<S> taps(p, weight);
+  const int64_t size = p.per_group * p.taps();
+  const OwnTaps<S> taps(size, p.out_channels(), [&](int64_t c, int64_t t) { return weight + c * size + t; });
   NhwcForward<S> forward(p);
   const Maps maps = maps_of(p, y, p.batch * p.out_size());
   while (begin < end) {

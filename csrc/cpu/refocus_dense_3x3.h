@@ -10,7 +10,7 @@
 #pragma once
 
 #include "elements.h"
-#include "simd.h"
+#include "lanes.h"
 #include "streaming.h"
 
 namespace refconv::cpu::REFCONV_ISA {

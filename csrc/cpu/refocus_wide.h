@@ -3,9 +3,9 @@
 #pragma once
 
 #include "elements.h"
+#include "lanes.h"
 #include "refocus.h"
 #include "scratch.h"
-#include "simd.h"
 #include "streaming.h"
 
 namespace refconv::cpu::REFCONV_ISA {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "elements.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 namespace {

@@ -95,8 +95,9 @@ void test_nhwc_all(const refconv::cpu::InstructionSet& set) {
     }
     test_nhwc(kernels, isa, depthwise(33, multiplier, 11, 210, 3, 3, 1, 2, 2, 2, 2, 1));  // several strips
   }
-  for (const int64_t groups : {1, 3, 8, 16, 17}) {
+  for (const int64_t groups : {1, 3, 8, 16, 17}) {  // what the lanes of a vector meet fits one, two, or needs more
     test_nhwc(kernels, isa, grouped(groups, 2, depthwise(0, 3, 6, 11, 3, 3, 1, 1, 1, 1, 1, 1)));
+    test_nhwc(kernels, isa, grouped(groups, 3, depthwise(0, 3, 5, 7, 3, 3, 1, 1, 1, 1, 1, 1)));
     test_nhwc(kernels, isa, grouped(groups, 4, depthwise(0, 4, 9, 3, 3, 5, 2, 2, 1, 2, 1, 1)));
     test_nhwc(kernels, isa, grouped(groups, 3, depthwise(0, 1, 11, 13, 5, 3, 3, 2, 2, 1, 1, 2)));
   }
