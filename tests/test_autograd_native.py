@@ -125,24 +125,38 @@ def test_a_call_is_made_in_cpp_from_the_second_on(counter: Counter) -> None:
 
 
 @pytest.mark.parametrize("function", [functional.conv2d, functional.refconv2d, functional.thin_refconv2d])
-def test_numbers_and_lists_are_pairs(function: Callable[..., Tensor], counter: Counter) -> None:
-    x, basis = torch.randn(2, 8, 14, 9), torch.randn(8, 1, 3, 3)  # a size that no other test has
+def test_numbers_lists_and_names_are_pairs(function: Callable[..., Tensor], counter: Counter) -> None:
+    x, basis = torch.randn(2, 8, 14, 9), torch.randn(8, 1, 3, 5)  # a size that no other test has
     weights = {
         functional.conv2d: (basis,),
         functional.refconv2d: (basis, torch.randn(8, 8, 3, 3)),
-        functional.thin_refconv2d: (basis, torch.randn(8, 9), functional.refocus_factor(basis, 8)),
+        functional.thin_refconv2d: (basis, torch.randn(8, 15), functional.refocus_factor(basis, 8)),
     }[function]
-    one, lists = (2, 1, 1), ([2, 2], [1, 1], [1, 1])
-    expected, *others = [
-        [function(x, *weights, None, *geometry, 8) for _ in range(2)]
-        for geometry in (((2, 2), (1, 1), (1, 1)), one, lists)
-    ]
-    assert counter.made == 5  # all but the first
-    for outputs in [expected, *others]:
-        assert all(torch.equal(output, expected[0]) for output in outputs)
+    for pairs, *others in (
+        (((2, 2), (1, 1), (1, 1)), (2, 1, 1), ([2, 2], [1, 1], [1, 1])),
+        (((1, 1), (2, 4), (2, 2)), (1, "same", 2), ([1, 1], "same", [2, 2])),
+        (((2, 1), (0, 0), (1, 1)), ([2, 1], "valid", 1), ((2, 1), 0, (1, 1))),
+    ):
+        expected, before = function(x, *weights, None, *pairs, 8), counter.made
+        for geometry in (pairs, *others):
+            assert torch.equal(function(x, *weights, None, *geometry, 8), expected)
+        assert counter.made == before + 3
     for stride in (2.0, True, [2], (2, 2, 2), 0, None):
         with pytest.raises(ValueError, match=f"stride .={re.escape(str(stride))}. must be"):
             function(x, *weights, None, stride, 1, 1, 8)
+    function(x, *weights, None, 2, (1, 2), 1, 8)
+    with pytest.raises(ValueError, match="padding='same' needs stride 1"):
+        function(x, *weights, None, 2, "same", 1, 8)
+    with pytest.raises(ValueError, match="padding .='SAME'. must be"):
+        function(x, *weights, None, 1, "SAME", 1, 8)
+
+
+def test_more_padding_behind_than_before_is_left_to_python(counter: Counter) -> None:
+    x, weight = torch.randn(2, 8, 14, 10), torch.randn(8, 1, 3, 4)
+    expected = torch.nn.functional.conv2d(torch.nn.functional.pad(x, (1, 2, 1, 1)), weight, groups=8)
+    for _ in range(2):
+        torch.testing.assert_close(functional.conv2d(x, weight, padding="same", groups=8), expected)
+    assert counter.made == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -278,7 +292,17 @@ def test_wrong_calls_say_what_is_wrong() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), (3,), ("3", (), True), (-1, (), True), (99, (), True), (3, [], True), (3, (None,), True), (0, (1, 2), True)],
+    [
+        (),
+        (3,),
+        (3, (), True, 1, "same", 1, 1, "zeros"),
+        ("3", (), True),
+        (-1, (), True),
+        (99, (), True),
+        (3, [], True),
+        (3, (None,), True),
+        (0, (1, 2), True),
+    ],
     ids=str,
 )
 def test_the_module_survives_any_call(arguments: tuple[Any, ...]) -> None:

@@ -96,14 +96,23 @@ def test_one_operator_each_way(kernels: str, case: Case, own: bool, form: str, a
 
 
 @needs_native
-@pytest.mark.parametrize("geometry", [(1, 1, 1), ([1, 1], [1, 1], [1, 1])], ids=str)
-def test_numbers_and_lists_are_pairs(geometry: Any) -> None:
+@pytest.mark.parametrize(
+    ("geometry", "pairs"),
+    [
+        ((1, 1, 1), UNIT),
+        (([2, 1], [1, 1], [1, 2]), ((2, 1), (1, 1), (1, 2))),
+        ((1, "same", 2), ((1, 1), (2, 2), (2, 2))),
+        ((2, "valid", 1), ((2, 2), (0, 0), (1, 1))),
+    ],
+    ids=str,
+)
+def test_numbers_lists_and_names_are_pairs(geometry: Any, pairs: Any) -> None:
     case = NAMED["depthwise"]
     x, (basis, refocus, bias) = case.input(torch.float32), case.tensors(torch.float32)
     with Seen() as seen:
         y = functional.refconv2d(x, basis, refocus, bias, *geometry, case.groups)
     assert seen.matching("refconv", "convolution") == ["refconv_cpu::refconv2d"]
-    assert torch.equal(y, functional.refconv2d(x, basis, refocus, bias, *UNIT, case.groups))
+    assert torch.equal(y, functional.refconv2d(x, basis, refocus, bias, *pairs, case.groups))
 
 
 @needs_native
@@ -113,7 +122,9 @@ def test_what_stays_two_steps() -> None:
     narrow = torch.randn(512, 4, 3, 3), torch.randn(2048, 2, 3, 3)  # PyTorch's transformation is faster
     calls = {
         "another padding mode": lambda: functional.refconv2d(x, basis, refocus, bias, 1, 1, padding_mode="circular"),
-        "padding by name": lambda: functional.refconv2d(x, basis, refocus, bias, padding="same"),
+        "more padding behind than before": lambda: functional.refconv2d(
+            x, torch.randn(*basis.shape[:2], 4, 4), refocus, bias, padding="same"
+        ),
         "no batch": lambda: functional.refconv2d(x[0], basis, refocus, bias),
         "a slower transformation": lambda: functional.refconv2d(torch.randn(1, 8, 5, 5), *narrow, None, *UNIT, 2),
     }

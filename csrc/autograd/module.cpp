@@ -64,6 +64,27 @@ bool read_pair(PyObject* object, std::array<int64_t, 2>& pair, std::vector<int64
   return true;
 }
 
+// As a pair, or by name where that means as many zeros before as behind. Stride, dilation and tensors are known by
+// then.
+bool read_padding(PyObject* object, Call& call) {
+  if (!PyUnicode_CheckExact(object)) return read_pair(object, call.options.padding, call.problem);
+  const Options& o = call.options;
+  if (PyUnicode_CompareWithASCIIString(object, "same") == 0) {
+    if (call.tensors.size() < 2) return false;
+    const at::Tensor& weight = call.tensors[1];
+    if (o.stride != std::array<int64_t, 2>{1, 1} || weight.dim() != 4) return false;
+    for (size_t k = 0; k < 2; ++k) {
+      const int64_t zeros = o.dilation[k] * (weight.size(static_cast<int64_t>(k) + 2) - 1);
+      if (zeros % 2 != 0) return false;
+      call.options.padding[k] = zeros / 2;
+    }
+  } else if (PyUnicode_CompareWithASCIIString(object, "valid") != 0) {
+    return false;
+  }
+  call.problem.insert(call.problem.end(), o.padding.begin(), o.padding.end());
+  return true;
+}
+
 bool read_tensor(PyObject* object, Call& call) {
   if (!THPVariable_CheckExact(object)) return false;  // a parameter counts as exact, other subclasses do not
   const at::Tensor& tensor = THPVariable_Unpack(object);
@@ -106,8 +127,7 @@ bool read(PyObject* const* arguments, Py_ssize_t count, Call& call) {
   }
   if (!convolves) return true;
   if (!read_pair(arguments[3], call.options.stride, call.problem) ||
-      !read_pair(arguments[4], call.options.padding, call.problem) ||
-      !read_pair(arguments[5], call.options.dilation, call.problem)) {
+      !read_pair(arguments[5], call.options.dilation, call.problem) || !read_padding(arguments[4], call)) {
     return false;
   }
   if (!PyLong_CheckExact(arguments[6]) || !PyUnicode_CheckExact(arguments[7])) return false;

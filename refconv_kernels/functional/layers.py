@@ -48,12 +48,12 @@ def refconv2d(
     output = native.call(*call)
     if output is not None:
         return output
-    both = [_both(value) for value in geometry]
+    plain = _in_pairs(*geometry, basis)
     input = _autocast(input)
-    backend, own = _one_call("refconv2d", input, basis, (refocus,), bias, *both, groups, padding_mode)
+    backend, own = _one_call("refconv2d", input, basis, (refocus,), bias, *plain, groups, padding_mode)
     if backend != "reference":
         native.remember(backend, own, *call)
-        return apply(RefConv2d, input, basis, refocus, bias, identity, *both, own, backend)[0]
+        return apply(RefConv2d, input, basis, refocus, bias, identity, *plain, own, backend)[0]
     check_tensors(refocus=refocus)
     if refocus.dim() == 4 and refocus.shape[1] != groups:
         raise ValueError(f"refocus.shape[1] (={refocus.shape[1]}) must be groups (={groups}), Eq. 2 of the paper")
@@ -91,12 +91,12 @@ def thin_refconv2d(
     output = native.call(*call)
     if output is not None:
         return output
-    both = [_both(value) for value in geometry]
+    plain = _in_pairs(*geometry, basis)
     input = _autocast(input)
-    backend, own = _one_call("thin_refconv2d", input, basis, (coordinates, factor), bias, *both, groups, padding_mode)
+    backend, own = _one_call("thin_refconv2d", input, basis, (coordinates, factor), bias, *plain, groups, padding_mode)
     if backend != "reference":
         native.remember(backend, own, *call)
-        return apply(ThinRefConv2d, input, basis, coordinates, factor, bias, identity, *both, own, backend)
+        return apply(ThinRefConv2d, input, basis, coordinates, factor, bias, identity, *plain, own, backend)
     check_tensors(basis=basis, factor=factor)
     kernels = basis.shape[0] * basis.shape[1] if basis.dim() == 4 else 0
     if kernels and factor.dim() == 3 and factor.shape[0] * groups != kernels:
@@ -107,8 +107,23 @@ def thin_refconv2d(
     return conv2d(input, weight, bias, *geometry, groups, padding_mode=padding_mode)
 
 
-def _both(value: Any) -> Any:
-    """One number as two, two as a tuple; anything else is left to the two steps."""
+def _in_pairs(stride: Any, padding: Any, dilation: Any, basis: Any) -> tuple[Any, Any, Any]:
+    """One number as two, two as a tuple, padding by name in numbers where both sides get as many zeros. Anything else
+    stays as it is: the two steps know it, or say what is wrong."""
+    stride, padding, dilation = map(_pair, (stride, padding, dilation))
+    if padding == "valid":
+        padding = 0, 0
+    elif padding == "same" and stride == (1, 1) and isinstance(basis, Tensor) and basis.dim() == 4:
+        try:
+            zeros = [d * (size - 1) for d, size in zip(dilation, basis.shape[2:], strict=True)]
+        except (TypeError, ValueError):
+            return stride, padding, dilation
+        if not any(n % 2 for n in zeros):
+            padding = zeros[0] // 2, zeros[1] // 2
+    return stride, padding, dilation
+
+
+def _pair(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         return value, value
     return tuple(value) if isinstance(value, list) else value
