@@ -104,6 +104,46 @@ def test_the_results_are_those_of_python(name: str, dtype: torch.dtype, counter:
                 assert torch.equal(grad, expected[next(i for i, other in enumerate(tensors) if other is t)])
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_under_autocast_too(
+    name: str, dtype: torch.dtype, given: torch.dtype, counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, tensors = calls(given, size=6)[name]
+    tensors = (tensors[0].detach().float().requires_grad_(), *tensors[1:]) if given is torch.bfloat16 else tensors
+
+    def results() -> list[Tensor]:
+        with torch.autocast("cpu", dtype):
+            y = function(*tensors)
+        torch.manual_seed(1)
+        return [y, *torch.autograd.grad(y, tensors, torch.randn(y.shape).to(y.dtype))]
+
+    with monkeypatch.context() as without:
+        without.setattr(native, "_native", None)
+        try:
+            expected = results()
+        except TypeError:  # mixed types that autocast does not cast
+            expected = []
+    if not expected:
+        for _ in range(2):
+            with pytest.raises(TypeError):
+                results()
+        return
+    results()
+    before = counter.made
+    got = results()
+    # The two steps of a layer whose types autocast leaves apart are Python's, and so is what has no kernel.
+    assert counter.made >= before
+    assert got[0].dtype == expected[0].dtype
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
+    if given is torch.float32:
+        assert counter.made == before + 1
+        function(*tensors)
+        function(*tensors)
+        assert torch.equal(results()[0], expected[0])  # what is remembered says whether and which
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_both_orders(name: str, counter: Counter) -> None:
     function, tensors = calls(size=4)[name]
@@ -196,10 +236,6 @@ def _left_to_python() -> dict[str, Callable[[Callable[..., Tensor], tuple[Tensor
         with use_backend("cpu"):
             return function(*tensors)
 
-    def autocast(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
-        with torch.autocast("cpu"):
-            return function(*tensors)
-
     def mode(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
         with _Seen():
             return function(*tensors)
@@ -210,7 +246,6 @@ def _left_to_python() -> dict[str, Callable[[Callable[..., Tensor], tuple[Tensor
 
     return {
         "a backend named": named,
-        "autocast": autocast,
         "a mode": mode,
         "forward mode": forward_mode,
         "a subclass": lambda function, tensors: function(tensors[0].as_subclass(_Subclass), *tensors[1:]),

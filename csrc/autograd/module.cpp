@@ -20,6 +20,7 @@ struct Call {
   Options options{};
   std::vector<at::Tensor> tensors;
   std::vector<int64_t> problem;  // all that the choice of a kernel depends on
+  std::optional<at::ScalarType> autocast;
 };
 
 constexpr Py_ssize_t kWeightArguments = 3, kConvolutionArguments = 8;
@@ -100,9 +101,21 @@ bool read_tensor(PyObject* object, Call& call) {
 // Whether nothing is going on that wants to see these calls, or changes what they are.
 bool is_plain() {
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  return !at::autocast::is_autocast_enabled(at::kCPU) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         !at::impl::torch_function_mode_enabled() && !included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+  return !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::impl::torch_function_mode_enabled() &&
+         !included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) && !included.has(c10::DispatchKey::Tracer);
+}
+
+// What autocast makes of the tensors of a call, as autocast.py and its callers do: the input of a layer, all of a
+// convolution. A transformation is none of its business.
+void cast(Call& call) {
+  if (!call.autocast) return;
+  const size_t count = call.options.kind == Kind::kGroupedConv2d ? call.tensors.size() : 1;
+  for (size_t k = 0; k < count; ++k) {
+    at::Tensor& tensor = call.tensors[k];
+    const at::ScalarType type = tensor.scalar_type();
+    if (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf) tensor = tensor.to(*call.autocast);
+  }
 }
 
 // False for a call that only Python knows how to make.
@@ -116,6 +129,10 @@ bool read(PyObject* const* arguments, Py_ssize_t count, Call& call) {
   call.options.identity = arguments[2] == Py_True;
   call.problem.reserve(64);
   call.problem.push_back(number);
+  if (convolves && at::autocast::is_autocast_enabled(at::kCPU)) {
+    call.autocast = at::autocast::get_autocast_dtype(at::kCPU);
+    call.problem.push_back(-1 - static_cast<int64_t>(*call.autocast));  // no number of a tensor is negative
+  }
   const Py_ssize_t tensors = PyTuple_GET_SIZE(arguments[1]);
   for (Py_ssize_t k = 0; k < tensors; ++k) {
     PyObject* tensor = PyTuple_GET_ITEM(arguments[1], k);
@@ -149,6 +166,7 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   at::Tensor output;
   {
     const pybind11::gil_scoped_release without_lock;
+    cast(call);
     output = run(call.tensors, call.options);
   }
   return THPVariable_Wrap(std::move(output));

@@ -1,8 +1,8 @@
 """The autograd Functions in C++ (``csrc/autograd``), for calls that were made before through the ones in Python.
 
 They use torch's C++ interface, so they are loaded only into the release of torch that they were built with. Whatever is
-unusual about a call or its backward is left to Python: tracing, ``torch.func``, autocast, subclasses and modes,
-gradients of the basis, second derivatives.
+unusual about a call or its backward is left to Python: tracing, ``torch.func``, subclasses and modes, gradients of the
+basis, second derivatives.
 """
 
 from __future__ import annotations

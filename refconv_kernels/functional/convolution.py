@@ -115,15 +115,10 @@ def conv2d(
         geometry = stride, before, dilation
         backend = choose("grouped_conv2d", input, weight, groups, geometry, optional=weight.shape[1] > 1)
         if backend != "reference":
-            if (
-                problem is not None
-                and dtype is None
-                and input.dim() == 4
-                and padding_mode == "zeros"
-                and before == after
-            ):
-                remember(problem, (*geometry, backend))
+            if problem is not None and input.dim() == 4 and padding_mode == "zeros" and before == after:
                 native.remember(backend, True, *call)
+                if dtype is None:
+                    remember(problem, (*geometry, backend))
             batched = input.unsqueeze(0) if input.dim() == 3 else input
             output = apply(GroupedConv2d, batched, weight, bias, *geometry, backend)
             return output.squeeze(0) if input.dim() == 3 else output
