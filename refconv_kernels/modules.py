@@ -277,7 +277,11 @@ class RefConv2d(nn.Module):
         return weight
 
     def forward(self, input: Tensor) -> Tensor:
-        geometry: Any = self.bias, self.stride, self.padding, self.dilation, self.groups
+        # nn.Module looks attributes up in Python, which between convolutions takes microseconds for each. What is
+        # parametrized is not among the parameters.
+        parameters, transform = self._parameters, self._modules["transform"]
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        geometry: Any = bias, self.stride, self.padding, self.dilation, self.groups
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return functional.conv2d(input, self._kept_weight(), *geometry, padding_mode=self.padding_mode)
         ahead = self._weight_ahead()
@@ -288,14 +292,15 @@ class RefConv2d(nn.Module):
             except (RuntimeError, TypeError):
                 pass  # below it says what is wrong
             return functional.conv2d(input, ahead, *geometry, padding_mode=self.padding_mode)
-        transform: Any = self.transform
         form = _FORM_OF.get(type(transform))
         if form is None or any(map(vars(transform).get, _HOOKS)):
             return functional.conv2d(input, self.weight, *geometry, padding_mode=self.padding_mode)
-        basis, weight = self.basis_weight, transform.weight
-        options: dict[str, Any] = {"padding_mode": self.padding_mode, "identity": transform.identity}
+        basis: Any = parameters["basis_weight"] if "basis_weight" in parameters else self.basis_weight  # noqa: SIM401
+        weight: Any = transform._parameters["weight"]
+        options: Any = {"padding_mode": self.padding_mode, "identity": transform.identity}
         if form == "thin":
-            return functional.thin_refconv2d(input, basis, weight, transform.factor, *geometry, **options)
+            factor: Any = transform._buffers["factor"]
+            return functional.thin_refconv2d(input, basis, weight, factor, *geometry, **options)
         return functional.refconv2d(input, basis, weight, *geometry, **options)
 
     def _kept_weight(self) -> Tensor:

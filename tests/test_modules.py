@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from refconv_kernels import RefConv2d, functional, use_backend
 from tests.cases import CASES, Case
@@ -294,3 +295,24 @@ def test_from_conv_errors() -> None:
         RefConv2d.from_conv(zero)
     with pytest.raises(ValueError, match=r"map_size \(=3\) must be at most the kernel_size \(=\(1, 1\)\)"):
         RefConv2d.from_conv(nn.Conv2d(3, 3, 1))
+
+
+class _Halved(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor / 2
+
+
+@pytest.mark.parametrize("form", ["full", "thin"])
+@pytest.mark.parametrize("name", ["basis_weight", "bias", "transform.weight"])
+def test_parametrized_tensors(name: str, form: str) -> None:
+    layer = RefConv2d(8, 8, 3, padding=1, groups=8, form=form)
+    with torch.no_grad():
+        layer.transform.weight.normal_()
+    halved = copy.deepcopy(layer)
+    owner, _, leaf = name.rpartition(".")
+    register_parametrization(layer.get_submodule(owner), leaf, _Halved())
+    with torch.no_grad():
+        halved.get_parameter(name).div_(2)
+    x = torch.randn(2, 8, 5, 5)
+    for training in (True, False):
+        torch.testing.assert_close(layer.train(training)(x), halved.train(training)(x))
