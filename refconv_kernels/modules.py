@@ -279,7 +279,8 @@ class RefConv2d(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         # nn.Module looks attributes up in Python, which between convolutions takes microseconds for each. What is
         # parametrized is not among the parameters.
-        parameters, transform = self._parameters, self._modules["transform"]
+        parameters: Any = self._parameters
+        transform: Any = self._modules["transform"]
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         geometry: Any = bias, self.stride, self.padding, self.dilation, self.groups
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
