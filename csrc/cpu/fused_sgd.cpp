@@ -98,7 +98,7 @@ class WideSgd {
   void some_rows(int64_t r, int64_t q, int64_t end, int64_t next, T* refocus, T* momentum) {
     const int64_t block = u_.block();
     const auto backward = kHoldsGradients ? backward_rows_held<T, ROWS, kTaps3x3> : backward_rows<T, ROWS>;
-    backward(p_.transformation, u_, grads_.data() + r * kTaps3x3, held_.data(), block, q, end, Rows::kCached);
+    backward(p_.transformation, u_, grads_.data() + r * kTaps3x3, held_.data(), block, q, end, false);
     for (int64_t n = 0; n < ROWS; ++n) {
       const int64_t at = (r + n) * length_ + q;
       step<false>(p_, held_.data() + n * block, refocus + at, momentum == nullptr ? nullptr : momentum + at, end - q,

@@ -79,12 +79,34 @@ Narrow<S> narrow(const RefocusProblem& p) {
 
 }  // namespace
 
+namespace {
+
+template <typename S>
+int64_t bytes_of(const RefocusProblem& p) {
+  return p.kernels * p.row_length() * static_cast<int64_t>(sizeof(S));
+}
+
+// Whether W_r and what is as large hardly stay in a cache.
+template <typename S>
+bool large(const RefocusProblem& p) {
+  return bytes_of<S>(p) >= kAroundBytes;
+}
+
+// Whether dW_r of a dense basis is written around the cache: it takes a copy, which a last cache with room for what is
+// as large saves.
+template <typename S>
+bool goes_around(const RefocusProblem& p) {
+  return large<S>(p) && bytes_of<S>(p) >= last_cache_bytes() / 8;
+}
+
+}  // namespace
+
 template <typename S>
 void refocus_narrow_forward(const RefocusProblem& p, const S* basis, const S* refocus, S* transformed, int64_t begin,
                             int64_t end) {
   if (is_dense_3x3(p)) {
     const auto run = p.identity ? refocus_dense_3x3<S, true> : refocus_dense_3x3<S, false>;
-    return run(basis, refocus, transformed, begin, end, is_large<S>(p), false);
+    return run(basis, refocus, transformed, begin, end, large<S>(p), false);
   }
   const auto run = narrow<S>(p).forward;
   const int64_t size = p.kernel_size();
@@ -99,7 +121,7 @@ void refocus_narrow_backward(const RefocusProblem& p, const S* grad_transformed,
                              int64_t begin, int64_t end) {
   if (is_dense_3x3(p)) {
     const bool around = goes_around<S>(p) && grad_refocus != grad_transformed;
-    return refocus_dense_3x3<S, false>(basis, grad_transformed, grad_refocus, begin, end, is_large<S>(p), around);
+    return refocus_dense_3x3<S, false>(basis, grad_transformed, grad_refocus, begin, end, large<S>(p), around);
   }
   const auto run = narrow<S>(p).backward;
   const int64_t size = p.kernel_size();

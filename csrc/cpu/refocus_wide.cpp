@@ -86,30 +86,27 @@ void refocus_wide_backward(const RefocusProblem& p, const S* grad_transformed, c
   const auto run = held ? backward_rows_held<S, kHeldRows, kTaps3x3> : backward_rows<S, kSharedRows>;
   const auto run_one = held ? backward_rows_held<S, 1, kTaps3x3> : backward_rows<S, 1>;
   Unfolded<T> u(p);
-  Scratch<T> group(p.group_size * size), gradients(p.group_size * size);
-  // Around the cache only where rows are made of whole aligned vectors. What is held leaves time to fetch instead.
-  const bool whole = sizeof(S) == sizeof(T) && length % kLanes<T> == 0 &&
-                     reinterpret_cast<uintptr_t>(grad_refocus) % sizeof(Vec<T>) == 0;
-  const bool around = whole && is_large<S>(p) && (goes_around<S>(p) || !held);
-  const Rows rows = around ? Rows::kAround : held && is_large<S>(p) ? Rows::kMemory : Rows::kCached;
-  // What is fetched waits in the first cache for the next rows.
-  constexpr int64_t kFetchedVectors = 12;
-  const int64_t block = rows == Rows::kMemory ? kFetchedVectors * kLanes<T> : round_up(u.block(), 2 * kLanes<T>);
+  Scratch<T> group(p.group_size * size), rows(p.group_size * size);
+  const int64_t block = round_up(u.block(), 2 * kLanes<T>);
+  // The next reader is the optimizer, after the whole backward. Only where rows are made of whole aligned vectors.
+  const bool around = sizeof(S) == sizeof(T) && length % kLanes<T> == 0 &&
+                      p.kernels * length * static_cast<int64_t>(sizeof(S)) >= kAroundBytes &&
+                      reinterpret_cast<uintptr_t>(grad_refocus) % sizeof(Vec<T>) == 0;
   for_each_group(p, begin, end, [&](int64_t first, int64_t group_begin, int64_t last) {
     u.fill(computed(basis + first * size, p.group_size * size, group));
-    const T* grad = computed(grad_transformed + group_begin * size, (last - group_begin) * size, gradients);
+    const T* grad = computed(grad_transformed + group_begin * size, (last - group_begin) * size, rows);
     for (int64_t q = 0; q < length; q += block) {
       const int64_t q_end = least(q + block, length);
       int64_t n = group_begin;
       for (; n + at_once <= last; n += at_once) {
-        run(p, u, grad + (n - group_begin) * size, grad_refocus + n * length + q, length, q, q_end, rows);
+        run(p, u, grad + (n - group_begin) * size, grad_refocus + n * length + q, length, q, q_end, around);
       }
       for (; n < last; ++n) {
-        run_one(p, u, grad + (n - group_begin) * size, grad_refocus + n * length + q, length, q, q_end, rows);
+        run_one(p, u, grad + (n - group_begin) * size, grad_refocus + n * length + q, length, q, q_end, around);
       }
     }
   });
-  if (rows == Rows::kAround) end_streams();
+  if (around) end_streams();
 }
 
 #define REFCONV_INSTANTIATE_WIDE(S)                                                                       \

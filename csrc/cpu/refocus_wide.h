@@ -142,14 +142,10 @@ void product(const S* refocus, int64_t row_length, const Unfolded<Compute<S>>& u
   }
 }
 
-// How rows of dW_r are written: as they are; with those of the next call, `stride` behind them each, fetched meanwhile;
-// or around the cache.
-enum class Rows { kCached, kMemory, kAround };
-
 template <typename S>
-inline void put(S* to, Vec<Compute<S>> v, int64_t count, Rows rows) {
+inline void put(S* to, Vec<Compute<S>> v, int64_t count, bool around) {
   if constexpr (sizeof(S) == sizeof(Compute<S>)) {
-    if (rows == Rows::kAround) return store_around_cache(to, v);
+    if (around) return store_around_cache(to, v);
   }
   store_lanes(to, v, count);
 }
@@ -161,7 +157,7 @@ constexpr bool kHoldsGradients = kVectorRegisters == 32;
 // goes to `to` + r * stride.
 template <typename S, int ROWS, int COLUMNS>
 void backward_rows_held(const RefocusProblem&, const Unfolded<Compute<S>>& u, const Compute<S>* grad, S* to,
-                        int64_t stride, int64_t q0, int64_t q1, Rows rows) {
+                        int64_t stride, int64_t q0, int64_t q1, bool around) {
   using T = Compute<S>;
   constexpr int64_t kLane = kLanes<T>;
   Vec<T> dwt[ROWS * COLUMNS];
@@ -177,18 +173,14 @@ void backward_rows_held(const RefocusProblem&, const Unfolded<Compute<S>>& u, co
       for (int r = 0; r < ROWS; ++r) sum[r] += dwt[r * COLUMNS + c] * basis;
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      S* row = to + r * stride + q - q0;
-      if (rows == Rows::kMemory) prefetch_next(row + ROWS * stride, kLane);
-      put(row, sum[r], q1 - q, rows);
-    }
+    for (int r = 0; r < ROWS; ++r) put(to + r * stride + q - q0, sum[r], q1 - q, around);
   }
 }
 
 // The same for kernels of any size.
 template <typename S, int ROWS>
 void backward_rows(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const Compute<S>* grad, S* to,
-                   int64_t stride, int64_t q0, int64_t q1, Rows rows) {
+                   int64_t stride, int64_t q0, int64_t q1, bool around) {
   using T = Compute<S>;
   constexpr int64_t kLane = kLanes<T>;
   constexpr int kVectors = 2;  // that share each gradient of W_t
@@ -209,8 +201,8 @@ void backward_rows(const RefocusProblem& p, const Unfolded<Compute<S>>& u, const
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       S* row = to + r * stride + q - q0;
-      put(row, sum[r * kVectors], q1 - q, rows);
-      if (q + kLane < q1) put(row + kLane, sum[r * kVectors + 1], q1 - q - kLane, rows);
+      put(row, sum[r * kVectors], q1 - q, around);
+      if (q + kLane < q1) put(row + kLane, sum[r * kVectors + 1], q1 - q - kLane, around);
     }
   }
 }
