@@ -298,7 +298,7 @@ class RefConv2d(nn.Module):
             return functional.conv2d(input, self.weight, *geometry, padding_mode=self.padding_mode)
         basis: Any = parameters["basis_weight"] if "basis_weight" in parameters else self.basis_weight  # noqa: SIM401
         weight: Any = transform._parameters["weight"]
-        options: Any = {"padding_mode": self.padding_mode, "identity": transform.identity}
+        options: dict[str, Any] = {"padding_mode": self.padding_mode, "identity": transform.identity}
         if form == "thin":
             factor: Any = transform._buffers["factor"]
             return functional.thin_refconv2d(input, basis, weight, factor, *geometry, **options)

@@ -143,12 +143,7 @@ _MOST_CHOSEN = 4096
 
 def recalls() -> bool:
     """Whether what was chosen before holds now: not while something is traced or a backend was named."""
-    return (  # _kernels_may_run(), written out: a call of it is what this is there to save
-        _wanted == "auto"
-        and forward_ad._current_level < 0
-        and not torch.compiler._is_exporting_flag
-        and not torch.compiler.is_compiling()
-    )
+    return _wanted == "auto" and not torch.compiler.is_compiling() and _kernels_may_run()
 
 
 def recall(problem: Any) -> Any:

@@ -104,14 +104,13 @@ def test_the_results_are_those_of_python(name: str, dtype: torch.dtype, counter:
                 assert torch.equal(grad, expected[next(i for i, other in enumerate(tensors) if other is t)])
 
 
-@pytest.mark.parametrize("given", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.float64], ids=str)  # autocast leaves the second alone
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_under_autocast_too(
     name: str, dtype: torch.dtype, given: torch.dtype, counter: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     function, tensors = calls(given, size=6)[name]
-    tensors = (tensors[0].detach().float().requires_grad_(), *tensors[1:]) if given is torch.bfloat16 else tensors
 
     def results() -> list[Tensor]:
         with torch.autocast("cpu", dtype):
@@ -121,27 +120,15 @@ def test_under_autocast_too(
 
     with monkeypatch.context() as without:
         without.setattr(native, "_native", None)
-        try:
-            expected = results()
-        except TypeError:  # mixed types that autocast does not cast
-            expected = []
-    if not expected:
-        for _ in range(2):
-            with pytest.raises(TypeError):
-                results()
-        return
+        expected = results()
     results()
+    function(*tensors)  # what is remembered says whether there is autocast, and to which type
+    function(*tensors)
     before = counter.made
     got = results()
-    # The two steps of a layer whose types autocast leaves apart are Python's, and so is what has no kernel.
-    assert counter.made >= before
-    assert got[0].dtype == expected[0].dtype
+    assert counter.made == before + 1
+    assert [t.dtype for t in got] == [t.dtype for t in expected]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
-    if given is torch.float32:
-        assert counter.made == before + 1
-        function(*tensors)
-        function(*tensors)
-        assert torch.equal(results()[0], expected[0])  # what is remembered says whether and which
 
 
 @pytest.mark.parametrize("name", NAMES)

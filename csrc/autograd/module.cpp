@@ -75,8 +75,9 @@ bool read_padding(PyObject* object, Call& call) {
     const at::Tensor& weight = call.tensors[1];
     if (o.stride != std::array<int64_t, 2>{1, 1} || weight.dim() != 4) return false;
     for (size_t k = 0; k < 2; ++k) {
-      const int64_t zeros = o.dilation[k] * (weight.size(static_cast<int64_t>(k) + 2) - 1);
-      if (zeros % 2 != 0) return false;
+      int64_t zeros = 0;
+      const int64_t between = weight.size(static_cast<int64_t>(k) + 2) - 1;
+      if (__builtin_mul_overflow(o.dilation[k], between, &zeros) || zeros % 2 != 0) return false;
       call.options.padding[k] = zeros / 2;
     }
   } else if (PyUnicode_CompareWithASCIIString(object, "valid") != 0) {

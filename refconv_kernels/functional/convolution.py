@@ -96,7 +96,7 @@ def conv2d(
     if bias is not None:
         check_same("bias", bias, "weight", weight)
 
-    before, after = _pads(padding, padding_mode, stride, dilation, weight.shape[2:])
+    before, after = pads(padding, padding_mode, stride, dilation, weight.shape[2:])
     if padding_mode != "zeros":
         input = _pad(input, before, after, padding_mode)
         before = after = (0, 0)
@@ -125,7 +125,7 @@ def conv2d(
     return reference.conv2d(input, weight, bias, stride, before, dilation, groups)
 
 
-def _pads(
+def pads(
     padding: int | Sequence[int] | str,
     padding_mode: str,
     stride: tuple[int, int],

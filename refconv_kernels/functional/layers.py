@@ -10,8 +10,8 @@ from torch import Tensor
 
 from refconv_kernels.autocast import autocast_dtype, cast
 from refconv_kernels.autograd import RefConv2d, ThinRefConv2d, apply, native
-from refconv_kernels.checks import check_tensors
-from refconv_kernels.functional.convolution import conv2d
+from refconv_kernels.checks import check_tensors, pair
+from refconv_kernels.functional.convolution import conv2d, pads
 from refconv_kernels.functional.weights import refocus_weight, thin_refocus_weight
 from refconv_kernels.geometry import output_size
 from refconv_kernels.ops import choose, recall, remember
@@ -108,25 +108,13 @@ def thin_refconv2d(
 
 
 def _in_pairs(stride: Any, padding: Any, dilation: Any, basis: Any) -> tuple[Any, Any, Any]:
-    """One number as two, two as a tuple, padding by name in numbers where both sides get as many zeros. Anything else
-    stays as it is: the two steps know it, or say what is wrong."""
-    stride, padding, dilation = map(_pair, (stride, padding, dilation))
-    if padding == "valid":
-        padding = 0, 0
-    elif padding == "same" and stride == (1, 1) and isinstance(basis, Tensor) and basis.dim() == 4:
-        try:
-            zeros = [d * (size - 1) for d, size in zip(dilation, basis.shape[2:], strict=True)]
-        except (TypeError, ValueError):
-            return stride, padding, dilation
-        if not any(n % 2 for n in zeros):
-            padding = zeros[0] // 2, zeros[1] // 2
-    return stride, padding, dilation
-
-
-def _pair(value: Any) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value, value
-    return tuple(value) if isinstance(value, list) else value
+    """Numbers and names as pairs; what is wrong, or pads one side more, as it is: the two steps deal with it."""
+    try:
+        pairs = pair("stride", stride, 1), pair("dilation", dilation, 1)
+        before, after = pads(padding, "zeros", *pairs, basis.shape[2:])
+    except (AttributeError, TypeError, ValueError):
+        return stride, padding, dilation
+    return (pairs[0], before, pairs[1]) if before == after else (stride, padding, dilation)
 
 
 def _autocast(input: Tensor) -> Tensor:
@@ -186,10 +174,10 @@ def _decide(
         return _TWO_STEPS
     if input.dtype != dtype and (dtype is not torch.float32 or autocast_dtype(device.type) is not input.dtype):
         return _TWO_STEPS
-    for pair in (stride, padding, dilation):
-        if not isinstance(pair, tuple) or len(pair) != 2:
+    for both in (stride, padding, dilation):
+        if not isinstance(both, tuple) or len(both) != 2:
             return _TWO_STEPS
-        if not (isinstance(pair[0], int) and isinstance(pair[1], int)):
+        if not (isinstance(both[0], int) and isinstance(both[1], int)):
             return _TWO_STEPS
     out_channels, per_group, *size = basis.shape
     kernels = out_channels * per_group
