@@ -135,7 +135,7 @@ REFCONV_INLINE void meet_column(Vec<T> (&sum)[ROWS][COLUMNS], const T* x, int64_
     for (int n = ROWS - 1; n > 0; --n) w[n] = w[n - 1];
   };
   if constexpr (TAPS > 0) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS + TAPS - 1; ++r) {
       r < TAPS ? next_tap() : no_tap();
       row(r < TAPS ? 0 : r - TAPS + 1, r < ROWS ? r : ROWS - 1);

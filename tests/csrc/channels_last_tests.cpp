@@ -63,6 +63,7 @@ void test_nhwc_all(const refconv::cpu::InstructionSet& set) {
       test_nhwc(kernels, isa, depthwise(channels, 1, 3, width, 1, 1, 1, 1, 0, 0, 1, 1));
       test_nhwc(kernels, isa, depthwise(channels, 1, 3, width, 2, 2, 1, 1, 1, 1, 1, 1));
       test_nhwc(kernels, isa, depthwise(channels, 1, 7, 3 * width, 3, 3, 3, 3, 1, 1, 1, 1));
+      test_nhwc(kernels, isa, depthwise(channels, 1, 6, width, 3, 3, 1, 1, 2, 2, 2, 2));
       test_nhwc(kernels, isa, depthwise(channels, 1, 7, 2 * width, 3, 3, 2, 2, 2, 2, 2, 2));
       test_nhwc(kernels, isa, depthwise(channels, 1, 9, 4 * width, 7, 5, 4, 4, 3, 4, 1, 1));
     }
