@@ -7,22 +7,26 @@
 namespace refconv::bindings {
 namespace {
 
-// The instruction set whose kernels a problem gets, for elements of so many bytes.
-const cpu::InstructionSet& set_of(const GroupedProblem& p, bool nhwc, int64_t element_bytes) {
+// Whose kernels a problem gets, and which of them.
+struct Choice {
+  const cpu::InstructionSet& set;
+  bool turned;  // small planes, NCHW
+};
+
+// For elements of so many bytes.
+Choice choice_of(const GroupedProblem& p, bool nhwc, int64_t element_bytes, bool backward) {
   // What lies along a vector: groups, or columns of the output in both directions. Wide planes of the 3x3 kernels
   // gain more from wide vectors than they lose by lanes left idle, and narrow ones share them.
-  const bool groups = nhwc || cpu::has_turned_planes(p);
+  const int64_t lane_bytes = std::max<int64_t>(element_bytes, 4);
+  const cpu::InstructionSet& for_groups = cpu::instruction_set_for_rows(p.groups(), lane_bytes);
+  const bool turned = !nhwc && cpu::has_turned_planes(p, element_bytes, for_groups.vector_bytes,
+                                                      for_groups.kernels.vector_registers, backward);
+  if (nhwc || turned) return {for_groups, turned};
   const cpu::InstructionSet& best = cpu::instruction_set();
-  if (!groups && cpu::has_planes_3x3(p) &&
-      (p.out_w > 48 || cpu::has_twin_planes(p, element_bytes, best.vector_bytes))) {
-    return best;
+  if (cpu::has_planes_3x3(p) && (p.out_w > 48 || cpu::has_twin_planes(p, element_bytes, best.vector_bytes))) {
+    return {best, false};
   }
-  return cpu::instruction_set_for_rows(groups ? p.groups() : p.out_w, std::max<int64_t>(element_bytes, 4));
-}
-
-template <typename S>
-const cpu::GroupedKernels<S>& grouped_kernels(const GroupedProblem& p, bool nhwc) {
-  return set_of(p, nhwc, sizeof(S)).kernels.grouped<S>();
+  return {cpu::instruction_set_for_rows(p.out_w, lane_bytes), false};
 }
 
 GroupedProblem grouped_problem(const Ints& input, const Ints& weight, const Ints& stride, const Ints& padding,
@@ -58,16 +62,16 @@ Tensor feature_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t 
   return empty_strided(like, {n, c, h, w}, {h * w * c, 1, w * c, c});
 }
 
-std::string name_of(const GroupedProblem& p, bool channels_last, int64_t element_bytes) {
+std::string name_of(const GroupedProblem& p, bool channels_last, int64_t element_bytes, bool backward) {
   if (channels_last) {
-    return cpu::has_nhwc_3x3_tiles(p, element_bytes, false) ? "channels_last tiles of 2x2 pixels, 3x3"
-           : cpu::has_nhwc_3x3(p)                           ? "channels_last rows, 3x3"
-           : cpu::has_nhwc_direct(p, element_bytes)         ? "channels_last pixels, without a copy"
-                                                            : "channels_last tiles";
+    return cpu::has_nhwc_3x3_tiles(p, element_bytes, backward)   ? "channels_last tiles of 2x2 pixels, 3x3"
+           : cpu::has_nhwc_3x3(p)                                ? "channels_last rows, 3x3"
+           : !backward && cpu::has_nhwc_direct(p, element_bytes) ? "channels_last pixels, without a copy"
+                                                                 : "channels_last tiles";
   }
-  if (cpu::has_turned_planes(p)) return "small planes, channels in the lanes";
+  const auto& [set, turned] = choice_of(p, false, element_bytes, backward);
+  if (turned) return "small planes, channels in the lanes";
   if (!cpu::has_planes_3x3(p)) return p.per_group == 1 ? "padded planes" : "padded planes of a group";
-  const cpu::InstructionSet& set = set_of(p, false, element_bytes);
   if (cpu::has_twin_planes(p, element_bytes, set.vector_bytes)) return "3x3 planes, two to a vector";
   const bool by_rows = cpu::has_planes_by_rows(p, element_bytes, set.vector_bytes, set.kernels.vector_registers);
   return by_rows ? "3x3 planes, some rows at once" : "3x3 planes in columns";
@@ -97,7 +101,12 @@ void check_bias(const GroupedProblem& p, const Tensor& bias, const Tensor& input
 std::string grouped_kernel(const Ints& input, const Ints& weight, const Ints& stride, const Ints& padding,
                            const Ints& dilation, bool channels_last, int64_t element_bytes) {
   const GroupedProblem p = grouped_problem(input, weight, stride, padding, dilation);
-  return name_of(p, channels_last, element_bytes) + " (" + set_of(p, channels_last, element_bytes).name + ")";
+  const auto named = [&](bool backward) {
+    return name_of(p, channels_last, element_bytes, backward) + " (" +
+           choice_of(p, channels_last, element_bytes, backward).set.name + ")";
+  };
+  const std::string forward = named(false), back = named(true);
+  return forward == back ? forward : forward + ", backward by " + back;
 }
 
 Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
@@ -113,11 +122,12 @@ Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::opti
   const Tensor y = feature_map(input, p.batch, p.out_channels(), p.out_h, p.out_w, nhwc);
   for_storage_dtype(input, [&](auto type) {
     using S = typename decltype(type)::type;
-    const auto& kernels = grouped_kernels<S>(p, nhwc);
-    const auto kernel = nhwc ? kernels.nhwc_forward : kernels.forward;
+    const auto [set, turned] = choice_of(p, nhwc, sizeof(S), false);
+    const cpu::GroupedKernels<S>& kernels = set.kernels.template grouped<S>();
+    const auto kernel = nhwc ? kernels.nhwc_forward : turned ? kernels.turned_forward : kernels.forward;
     const S *x_data = data<S>(x), *w_data = data<S>(w), *b_data = b.has_value() ? data<S>(*b) : nullptr;
     S* y_data = mutable_data<S>(y);
-    const int64_t tasks = p.batch * (nhwc ? p.out_h : p.out_channels());
+    const int64_t tasks = p.batch * (nhwc ? p.out_h : turned ? p.groups() : p.out_channels());
     parallel(tasks, y.numel() / std::max<int64_t>(tasks, 1) * p.per_group * p.taps(),
              [&](int64_t begin, int64_t end) { kernel(p, x_data, w_data, b_data, y_data, begin, end); });
   });
@@ -144,10 +154,10 @@ int64_t turned_chunks(const GroupedProblem& p) {
 
 // dx, dW and dbias on channels_last feature maps, or on small planes. Null where not wanted.
 template <typename S>
-void chunked_backward(const GroupedProblem& p, bool nhwc, const S* dy, const S* x, const S* w, S* dx, S* dw, S* db) {
-  const auto& kernels = grouped_kernels<S>(p, nhwc);
+void chunked_backward(const cpu::GroupedKernels<S>& kernels, const GroupedProblem& p, bool nhwc, const S* dy,
+                      const S* x, const S* w, S* dx, S* dw, S* db) {
   const auto kernel = nhwc ? kernels.nhwc_backward : kernels.turned_backward;
-  const int64_t chunks = nhwc ? nhwc_chunks(p) : turned_chunks(p), tasks = nhwc ? chunks : chunks * p.channels;
+  const int64_t chunks = nhwc ? nhwc_chunks(p) : turned_chunks(p), tasks = nhwc ? chunks : chunks * p.groups();
   const std::unique_ptr<double[]> totals(
       new double[static_cast<size_t>(chunks * (p.per_group * p.taps() + 1) * p.out_channels())]);
   parallel(tasks, 2 * p.batch * p.in_size() * p.out_channels() / tasks * p.per_group * p.taps(),
@@ -178,11 +188,12 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward(const Tensor& grad_ou
     S* dx = need_input ? mutable_data<S>(grad_input) : nullptr;
     S* dw = need_weight ? mutable_data<S>(grad_weight) : nullptr;
     S* db = need_bias ? mutable_data<S>(grad_bias) : nullptr;
-    if (nhwc || cpu::has_turned_planes(p)) return chunked_backward<S>(p, nhwc, dy_data, x_data, w_data, dx, dw, db);
-    const auto kernel = grouped_kernels<S>(p, false).backward;
+    const auto [set, turned] = choice_of(p, nhwc, sizeof(S), true);
+    const cpu::GroupedKernels<S>& kernels = set.kernels.template grouped<S>();
+    if (nhwc || turned) return chunked_backward<S>(kernels, p, nhwc, dy_data, x_data, w_data, dx, dw, db);
     const int64_t work = 2 * p.batch * p.multiplier * p.out_size() * p.taps();
     parallel(p.channels, work,
-             [&](int64_t begin, int64_t end) { kernel(p, dy_data, x_data, w_data, dx, dw, db, begin, end); });
+             [&](int64_t begin, int64_t end) { kernels.backward(p, dy_data, x_data, w_data, dx, dw, db, begin, end); });
   });
   return {grad_input, grad_weight, grad_bias};
 }

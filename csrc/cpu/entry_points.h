@@ -23,7 +23,6 @@ template <typename S>
 void nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
                    int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end);
 
-// Of problems that has_turned_planes(): what grouped_forward is for them, and their backward.
 template <typename S>
 void turned_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                     int64_t end);

@@ -255,7 +255,6 @@ template <typename S>
 void grouped_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                      int64_t end) {
   using T = Compute<S>;
-  if (has_turned_planes(p)) return turned_forward(p, x, weight, bias, y, begin, end);
   if (has_planes_3x3(p)) {
     return (p.stride_h == 1 ? forward_3x3<S, 1> : forward_3x3<S, 2>)(p, x, weight, bias, y, begin, end);
   }

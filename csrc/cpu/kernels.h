@@ -5,7 +5,9 @@
 // tasks, so the caller decides how to spread them over threads; results do not depend on the split.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -18,10 +20,15 @@ template <typename S>
 struct GroupedKernels {
   // Tasks: the batch * out_channels output planes. bias may be null.
   void (*forward)(const GroupedProblem&, const S* x, const S* weight, const S* bias, S* y, int64_t begin, int64_t end);
-  // Tasks: the input channels. Any of grad_x, grad_weight, grad_bias may be null. Not for has_turned_planes().
+  // Tasks: the input channels. Any of grad_x, grad_weight, grad_bias may be null.
   void (*backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, S* grad_weight,
                    S* grad_bias, int64_t begin, int64_t end);
-  // Tasks: the channels, of `chunks` parts of the batch one after the other. grad_x may be null. Sets totals, of
+
+  // The same for small planes, a block of whose channels is turned into the lanes of vectors: has_turned_planes().
+  // Tasks: batch * groups of all images.
+  void (*turned_forward)(const GroupedProblem&, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
+                         int64_t end);
+  // Tasks: the groups, of `chunks` parts of the batch one after the other. grad_x may be null. Sets totals, of
   // (per_group * taps + 1) * out_channels numbers per chunk: the sums of dW [multiplier, taps, channels], then
   // those of dbias, anything where not needed. They depend on `chunks`, so that must not depend on the threads.
   void (*turned_backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x,
@@ -171,11 +178,45 @@ template <> inline FusedSgdKernel<double> Kernels::fused_sgd() const { return fu
   return p.multiplier == 1 && p.per_group == 1 && meets_at_most(p, cheap ? 9 : 4) && !has_nhwc_3x3(p);
 }
 
-// Whether planes are so small that a block of channels is turned into the lanes of vectors (turned_planes.cpp).
-[[maybe_unused]] static bool has_turned_planes(const GroupedProblem& p) {
-  // Pixels of x and y. For a few taps, the turned maps of a block of channels should stay near the first cache.
-  const int64_t most = p.taps() >= 49 || (p.stride_w > 2 && p.channels >= 16) ? 6400 : 400;
-  return p.per_group == 1 && p.multiplier == 1 && p.in_size() + p.out_size() <= most && !has_planes_3x3(p);
+// Whether planes, with as much padding as taps meet, are mostly that: more than grouped_*.cpp should keep in memory.
+[[maybe_unused]] static bool is_mostly_padding(const GroupedProblem& p) {
+  constexpr double kTimes = 8;
+  const auto span = [](int64_t out, int64_t stride, int64_t taps, int64_t dilation) {
+    return static_cast<double>((out - 1) * stride + (taps - 1) * dilation + 1);
+  };
+  const double padded =
+      span(p.out_h, p.stride_h, p.kernel_h, p.dilation_h) * span(p.out_w, p.stride_w, p.kernel_w, p.dilation_w);
+  return padded > kTimes * static_cast<double>(p.in_size() + p.out_size());
+}
+
+// Whether planes, of a type of so many bytes, are so small that those of some groups are turned into the lanes of such
+// vectors (turned_planes.cpp). Turning takes as long for one tap as for many; otherwise short rows leave lanes idle,
+// more of them in wide vectors. All numbers are from measurements on Intel (docs/performance.md).
+[[maybe_unused]] static bool has_turned_planes(const GroupedProblem& p, int64_t element_bytes, int64_t vector_bytes,
+                                               int vector_registers, bool backward) {
+  constexpr int64_t kMost = 6400;  // pixels of x and y; the maps of a block should stay near the first cache
+  if (has_planes_3x3(p)) return false;
+  if (is_mostly_padding(p)) return true;
+  const int64_t lanes = vector_bytes / std::max<int64_t>(element_bytes, 4), taps = p.taps();
+  const bool wide = lanes >= 16;
+  int64_t least = wide ? 300 : 200, per_tap = wide ? 20 : 6;
+  if (backward) {
+    // The other kernels meet every plane of dy of a group with each plane of x.
+    const int64_t met = std::min(p.per_group, p.multiplier) * p.multiplier;
+    const bool many = vector_registers == 32;
+    least = wide ? 288 * met : many ? std::max<int64_t>(200, 100 * met) : 200;
+    per_tap = !many ? 8 : wide ? 52 : 26;
+  }
+  if (taps < 9) least = wide ? least / 2 : 0;
+  if (wide && p.stride_w == 2) per_tap = 26;
+  if (element_bytes < 4 && !backward) per_tap *= 2;  // each is converted more than once otherwise
+  // With larger strides the others sort columns one number at a time.
+  const int64_t limit = p.stride_w > 2 ? kMost : std::min(kMost, std::max(least, per_tap * taps));
+  // Of the lanes, so many have channels; blocks are made of so many groups.
+  const int64_t block = lanes / std::gcd(lanes, std::gcd(p.per_group, p.multiplier)),
+                blocks = (p.groups() - 1) / block + 1;
+  const double filled = static_cast<double>(p.groups()) / static_cast<double>(blocks * block);
+  return static_cast<double>(p.in_size() + p.out_size()) <= static_cast<double>(limit) * filled * filled * filled;
 }
 
 struct InstructionSet {

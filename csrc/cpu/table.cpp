@@ -7,7 +7,8 @@ namespace {
 
 template <typename S>
 constexpr GroupedKernels<S> kGrouped = {
-    grouped_forward<S>, grouped_backward<S>, turned_backward<S>, nhwc_forward<S>, nhwc_backward<S>, add_chunks<S>,
+    grouped_forward<S>, grouped_backward<S>, turned_forward<S>, turned_backward<S>,
+    nhwc_forward<S>,    nhwc_backward<S>,    add_chunks<S>,
 };
 
 template <typename S>

@@ -1,5 +1,5 @@
-// The maps of a block of channels in the lanes of vectors, one vector per pixel, and their convolution: row by row, or
-// for tiny 3x3 problems pixel by pixel.
+// The maps of a block of channels in the lanes of vectors, and their convolution: row by row, or for tiny 3x3 problems
+// pixel by pixel.
 #pragma once
 
 #include "nhwc.h"
@@ -8,26 +8,27 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-// As a channels_last image of one vector of channels.
+// As a channels_last image of as many groups as fill vectors, of input and of output channels.
 template <typename T>
 class ImageMaps {
   static constexpr int64_t kLane = kLanes<T>;
 
  public:
+  static int64_t groups_at_once(const GroupedProblem& p) { return kLane / gcd(kLane, gcd(p.per_group, p.multiplier)); }
+
   ImageMaps(const GroupedProblem& p, bool backward)
-      : p_(of_lanes(p)),
+      : p_(of_block(p)),
         forward_(p_),
         backward_(p_, true, true),
-        x_(p.in_size() * kLane),
-        y_(p.out_size() * kLane),
-        dx_(backward ? p.in_size() * kLane : 0) {}
+        x_(p_.in_size() * p_.channels),
+        y_(p_.out_size() * p_.out_channels()),
+        dx_(backward ? p_.in_size() * p_.channels : 0) {}
 
-  // Where the vector of pixel k is.
-  T* x(int64_t k) { return x_.data() + k * kLane; }
-  T* y(int64_t k) { return y_.data() + k * kLane; }
-  T* dx(int64_t k) { return dx_.data() + k * kLane; }
+  // Where pixel k is, from some channel on.
+  T* x(int64_t k, int64_t channel) { return x_.data() + k * p_.channels + channel; }
+  T* y(int64_t k, int64_t channel) { return y_.data() + k * p_.out_channels() + channel; }
+  T* dx(int64_t k, int64_t channel) { return dx_.data() + k * p_.channels + channel; }
 
-  // y; the bias is one vector.
   void forward(TapMajor<const T> weight, const T* bias) {
     forward_.run(weight, x_.data(), bias, y_.data(), 0, p_.out_h, Maps::kCached);
   }
@@ -43,9 +44,9 @@ class ImageMaps {
   }
 
  private:
-  static GroupedProblem of_lanes(GroupedProblem p) {
+  static GroupedProblem of_block(GroupedProblem p) {
     p.batch = 1;
-    p.channels = kLane;
+    p.channels = groups_at_once(p) * p.per_group;
     return p;
   }
 
@@ -55,12 +56,13 @@ class ImageMaps {
   Scratch<T> x_, y_, dx_;
 };
 
-// x and dx with zeros around. A row of 4 pixels is not worth a loop: each pixel meets its nine taps.
+// Of a vector of channels, depthwise, with zeros around x and dx. A row of 4 pixels is not worth a loop: each pixel
+// meets its nine taps.
 template <typename T>
 class PaddedMaps {
-  static constexpr int64_t kLane = kLanes<T>;
-
  public:
+  static int64_t groups_at_once(const GroupedProblem&) { return kLanes<T>; }
+
   PaddedMaps(const GroupedProblem& p, bool backward)
       : p_(p),
         rows_(most((p.out_h - 1) * p.stride_h + 2 * p.dilation_h + 1, p.in_h + p.pad_h)),
@@ -73,9 +75,9 @@ class PaddedMaps {
     for (int64_t k = 0; k < p.in_size(); ++k) places_[k] = (k / p.in_w + p.pad_h) * pitch_ + k % p.in_w + p.pad_w;
   }
 
-  T* x(int64_t k) { return reinterpret_cast<T*>(&x_[places_[k]]); }
-  T* y(int64_t k) { return reinterpret_cast<T*>(&y_[k]); }
-  T* dx(int64_t k) { return reinterpret_cast<T*>(&dx_[places_[k]]); }
+  T* x(int64_t k, int64_t) { return reinterpret_cast<T*>(&x_[places_[k]]); }
+  T* y(int64_t k, int64_t) { return reinterpret_cast<T*>(&y_[k]); }
+  T* dx(int64_t k, int64_t) { return reinterpret_cast<T*>(&dx_[places_[k]]); }
 
   void forward(TapMajor<const T> weight, const T* bias) {
     Vec<T> w[9], start = load(bias);
