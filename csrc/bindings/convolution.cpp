@@ -69,8 +69,9 @@ std::string name_of(const GroupedProblem& p, bool channels_last, int64_t element
            : !backward && cpu::has_nhwc_direct(p, element_bytes) ? "channels_last pixels, without a copy"
                                                                  : "channels_last tiles";
   }
-  const auto& [set, turned] = choice_of(p, false, element_bytes, backward);
-  if (turned) return "small planes, channels in the lanes";
+  const Choice choice = choice_of(p, false, element_bytes, backward);
+  const cpu::InstructionSet& set = choice.set;
+  if (choice.turned) return "small planes, channels in the lanes";
   if (!cpu::has_planes_3x3(p)) return p.per_group == 1 ? "padded planes" : "padded planes of a group";
   if (cpu::has_twin_planes(p, element_bytes, set.vector_bytes)) return "3x3 planes, two to a vector";
   const bool by_rows = cpu::has_planes_by_rows(p, element_bytes, set.vector_bytes, set.kernels.vector_registers);
@@ -122,12 +123,12 @@ Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::opti
   const Tensor y = feature_map(input, p.batch, p.out_channels(), p.out_h, p.out_w, nhwc);
   for_storage_dtype(input, [&](auto type) {
     using S = typename decltype(type)::type;
-    const auto [set, turned] = choice_of(p, nhwc, sizeof(S), false);
-    const cpu::GroupedKernels<S>& kernels = set.kernels.template grouped<S>();
-    const auto kernel = nhwc ? kernels.nhwc_forward : turned ? kernels.turned_forward : kernels.forward;
+    const Choice choice = choice_of(p, nhwc, sizeof(S), false);
+    const cpu::GroupedKernels<S>& kernels = choice.set.kernels.template grouped<S>();
+    const auto kernel = nhwc ? kernels.nhwc_forward : choice.turned ? kernels.turned_forward : kernels.forward;
     const S *x_data = data<S>(x), *w_data = data<S>(w), *b_data = b.has_value() ? data<S>(*b) : nullptr;
     S* y_data = mutable_data<S>(y);
-    const int64_t tasks = p.batch * (nhwc ? p.out_h : turned ? p.groups() : p.out_channels());
+    const int64_t tasks = p.batch * (nhwc ? p.out_h : choice.turned ? p.groups() : p.out_channels());
     parallel(tasks, y.numel() / std::max<int64_t>(tasks, 1) * p.per_group * p.taps(),
              [&](int64_t begin, int64_t end) { kernel(p, x_data, w_data, b_data, y_data, begin, end); });
   });
@@ -136,33 +137,53 @@ Tensor grouped_conv2d(const Tensor& input, const Tensor& weight, const std::opti
 
 namespace {
 
-// Parts of the sums over channels_last maps: of 192 pixels or more, and where there are more than 16 parts of 768 or
-// more, since their sums go through memory, too. As many for any number of threads: the sums must not depend on it.
-int64_t nhwc_chunks(const GroupedProblem& p) {
+// The parts of a backward. Sums over pixels are made of `chunks`, as many for any number of threads: they must not
+// depend on it. They do not depend on how many channels of x are one task.
+struct Parts {
+  int64_t chunks, block;
+};
+
+// Of 192 pixels or more, and where there are more than 16 chunks of 768 or more, since their sums go through memory,
+// too. Very many weights take as long as the pixels: those of few channels at a time stay in the caches.
+Parts nhwc_parts(const GroupedProblem& p) {
   constexpr int64_t kMost = 64, kPixels = 192, kSmall = 16, kPixelsOfMany = 768;
-  const int64_t pixels = p.batch * p.in_size();
+  constexpr int64_t kManyWeights = 1 << 16, kPixelsOfManyWeights = 3072, kChannelsOfManyWeights = 32;
+  constexpr int64_t kChannels = 64;  // of a task at least, otherwise
+  const int64_t pixels = p.batch * p.in_size(), rows = std::clamp<int64_t>(p.batch * p.in_h, 1, kMost);
+  if (p.group_taps() * p.groups() >= kManyWeights) {
+    return {std::clamp<int64_t>(pixels / kPixelsOfManyWeights, 1, rows), kChannelsOfManyWeights};
+  }
   const int64_t wanted = std::max(std::min(pixels / kPixels, kSmall), pixels / kPixelsOfMany);
-  return std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(p.batch * p.in_h, 1, kMost));
+  const int64_t chunks = std::clamp<int64_t>(wanted, 1, rows);
+  const bool whole = cpu::has_nhwc_3x3(p) || chunks >= torch::stable::get_num_threads();
+  return {chunks, whole ? p.channels : kChannels};
 }
 
 // Parts of the batch in which small planes are turned, so that there are blocks of channels for many threads.
-int64_t turned_chunks(const GroupedProblem& p) {
-  constexpr int64_t kChannels = 1024, kPixels = 192;  // of all parts at least, and of each
+Parts turned_parts(const GroupedProblem& p) {
+  constexpr int64_t kChannels = 1024, kPixels = 192;  // of all chunks at least, and of each
   const int64_t wanted = (kChannels + p.channels - 1) / p.channels;
-  return std::clamp<int64_t>(std::min(wanted, p.batch * p.in_size() / kPixels), 1, std::max<int64_t>(p.batch, 1));
+  const int64_t most = std::min(wanted, p.batch * p.in_size() / kPixels);
+  return {std::clamp<int64_t>(most, 1, std::max<int64_t>(p.batch, 1)), p.per_group};
 }
 
 // dx, dW and dbias on channels_last feature maps, or on small planes. Null where not wanted.
 template <typename S>
 void chunked_backward(const cpu::GroupedKernels<S>& kernels, const GroupedProblem& p, bool nhwc, const S* dy,
                       const S* x, const S* w, S* dx, S* dw, S* db) {
-  const auto kernel = nhwc ? kernels.nhwc_backward : kernels.turned_backward;
-  const int64_t chunks = nhwc ? nhwc_chunks(p) : turned_chunks(p), tasks = nhwc ? chunks : chunks * p.groups();
+  const Parts parts = nhwc ? nhwc_parts(p) : turned_parts(p);
+  const int64_t chunks = parts.chunks, tasks = chunks * ((p.channels + parts.block - 1) / parts.block);
   const std::unique_ptr<double[]> totals(
       new double[static_cast<size_t>(chunks * (p.per_group * p.taps() + 1) * p.out_channels())]);
   parallel(tasks, 2 * p.batch * p.in_size() * p.out_channels() / tasks * p.per_group * p.taps(),
            [&](int64_t begin, int64_t end) {
-             kernel(p, dy, x, w, dx, totals.get(), chunks, dw != nullptr, db != nullptr, begin, end);
+             const bool need_weight = dw != nullptr, need_bias = db != nullptr;
+             if (nhwc) {
+               kernels.nhwc_backward(p, dy, x, w, dx, totals.get(), chunks, parts.block, need_weight, need_bias, begin,
+                                     end);
+             } else {
+               kernels.turned_backward(p, dy, x, w, dx, totals.get(), chunks, need_weight, need_bias, begin, end);
+             }
            });
   parallel(p.groups(), chunks * p.multiplier * (p.per_group * p.taps() + 1), [&](int64_t begin, int64_t end) {
     kernels.add_chunks(p, nhwc, dy, x, totals.get(), chunks, dw, db, begin, end);
@@ -188,9 +209,9 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward(const Tensor& grad_ou
     S* dx = need_input ? mutable_data<S>(grad_input) : nullptr;
     S* dw = need_weight ? mutable_data<S>(grad_weight) : nullptr;
     S* db = need_bias ? mutable_data<S>(grad_bias) : nullptr;
-    const auto [set, turned] = choice_of(p, nhwc, sizeof(S), true);
-    const cpu::GroupedKernels<S>& kernels = set.kernels.template grouped<S>();
-    if (nhwc || turned) return chunked_backward<S>(kernels, p, nhwc, dy_data, x_data, w_data, dx, dw, db);
+    const Choice choice = choice_of(p, nhwc, sizeof(S), true);
+    const cpu::GroupedKernels<S>& kernels = choice.set.kernels.template grouped<S>();
+    if (nhwc || choice.turned) return chunked_backward<S>(kernels, p, nhwc, dy_data, x_data, w_data, dx, dw, db);
     const int64_t work = 2 * p.batch * p.multiplier * p.out_size() * p.taps();
     parallel(p.channels, work,
              [&](int64_t begin, int64_t end) { kernels.backward(p, dy_data, x_data, w_data, dx, dw, db, begin, end); });

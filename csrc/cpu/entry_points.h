@@ -21,7 +21,7 @@ void nhwc_forward(const GroupedProblem& p, const S* x, const S* weight, const S*
 
 template <typename S>
 void nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
-                   int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end);
+                   int64_t chunks, int64_t block, bool need_weight, bool need_bias, int64_t begin, int64_t end);
 
 template <typename S>
 void turned_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
@@ -68,9 +68,9 @@ void fused_sgd(const FusedSgdProblem& p, const T* basis, T* transformed, T* refo
 #define REFCONV_INSTANTIATE_NHWC_FORWARD(S) \
   template void nhwc_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);
 
-#define REFCONV_INSTANTIATE_NHWC_BACKWARD(S)                                                                      \
-  template void nhwc_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, double*, int64_t, bool, \
-                                 bool, int64_t, int64_t);
+#define REFCONV_INSTANTIATE_NHWC_BACKWARD(S)                                                                         \
+  template void nhwc_backward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, double*, int64_t, int64_t, \
+                                 bool, bool, int64_t, int64_t);
 
 #define REFCONV_INSTANTIATE_TURNED(S)                                                                               \
   template void turned_forward<S>(const GroupedProblem&, const S*, const S*, const S*, S*, int64_t, int64_t);       \

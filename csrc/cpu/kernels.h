@@ -38,9 +38,10 @@ struct GroupedKernels {
   // Tasks: the batch * out_h output rows.
   void (*nhwc_forward)(const GroupedProblem&, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                        int64_t end);
-  // Tasks: `chunks` parts of the rows of all images. Otherwise as turned_backward.
+  // Tasks: `chunks` parts of the rows of all images, for every `block` channels of x; that is all of them for
+  // has_nhwc_3x3(). Otherwise as turned_backward.
   void (*nhwc_backward)(const GroupedProblem&, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
-                        int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end);
+                        int64_t chunks, int64_t block, bool need_weight, bool need_bias, int64_t begin, int64_t end);
   // Tasks: the groups. Adds up the chunks of totals, in the first of them. Either output may be null.
   void (*add_chunks)(const GroupedProblem&, bool nhwc, const S* grad_y, const S* x, double* totals, int64_t chunks,
                      S* grad_weight, S* grad_bias, int64_t begin, int64_t end);

@@ -13,6 +13,7 @@
 #include "scratch.h"
 #include "simd.h"
 #include "streaming.h"
+#include "turn.h"
 
 namespace refconv::cpu::REFCONV_ISA {
 
@@ -61,9 +62,11 @@ class NhwcBackward {
   using T = Compute<S>;
 
  public:
-  // Without `need_input`, dx is left alone, without `need_weight` dW.
-  NhwcBackward(const GroupedProblem& p, bool need_input, bool need_weight);
-  // Rows of x from row i on, `rows` of them; all maps are one image. dW is added to `total`, in the compute type.
+  // For the channels [begin, end) of x: all of them if kernels are 3x3. Without `need_input`, dx is left alone, without
+  // `need_weight` dW.
+  NhwcBackward(const GroupedProblem& p, int64_t begin, int64_t end, bool need_input, bool need_weight);
+  // Rows of x from row i on, `rows` of them; all maps are one image. dW is added to `total`, in the compute type. Both
+  // weights and totals are those of the channels from the first one on.
   void run(TapMajor<const T> weight, const S* grad_y, const S* x, S* grad_x, int64_t i, int64_t rows, TapMajor<T> total,
            Maps maps);
 
@@ -75,6 +78,7 @@ class NhwcBackward {
   void find_met(TapMajor<const T> weight, int64_t i, int64_t rows);
 
   const GroupedProblem p_;
+  const int64_t begin_, end_;
   const bool need_input_, need_weight_, tiled_;
   const Lattices lattices_;
   const int64_t strip_, left_;  // rows; zeros that dx meets before a row of dy
@@ -137,11 +141,11 @@ class OwnTaps {
 
  public:
   OwnTaps(int64_t taps, int64_t lanes) : step_((ceil_div(lanes, kLanes<T>) | 1) * kLanes<T>), data_(taps * step_) {}
-  // Tap t of a lane is what place(lane, t) points to.
-  template <typename Place>
-  OwnTaps(int64_t taps, int64_t lanes, const Place& place) : OwnTaps(taps, lanes) {
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      for (int64_t t = 0; t < taps; ++t) data_[t * step_ + lane] = load_one(place(lane, t));
+  // In `runs` runs of `taps` taps each, which begin at run(lane, k) in memory.
+  template <typename Run>
+  OwnTaps(int64_t runs, int64_t taps, int64_t lanes, const Run& run) : OwnTaps(runs * taps, lanes) {
+    for (int64_t k = 0; k < runs; ++k) {
+      turn_rows<S>(lanes, taps, [&](int64_t lane) { return run(lane, k); }, data_.data() + k * taps * step_, step_);
     }
   }
   TapMajor<T> view() { return {data_.data(), step_}; }
@@ -152,6 +156,11 @@ class OwnTaps {
   int64_t step_;
   Scratch<T> data_;
 };
+
+// Of the pixels behind each other that some outputs and taps span, those that may be met lie so far apart.
+inline int64_t seen_every(int64_t stride, int64_t dilation, int64_t taps) {
+  return taps == 1 ? stride : gcd(stride, dilation);
+}
 
 // The taps t for which first + t * step lies in [0, size).
 inline void clip(int64_t first, int64_t step, int64_t size, int64_t taps, int64_t* begin, int64_t* end) {

@@ -1,7 +1,7 @@
 // Convolution with few channels per group, or one (depthwise), on channels_last feature maps, fused backward.
 //
-// Ownership: rows of x, with sums of dW and dbias private to chunks of them. Their number does not depend on the
-// threads, and they are added up in order: the result is the same for any number of threads.
+// Ownership: rows of x, of all channels or of some, with sums of dW and dbias private to chunks of them. Their number
+// does not depend on the threads, and they are added up in order: the result is the same for any number of threads.
 // Bytes: reads x and dy once, writes dx once.
 // Accumulation: dx in the compute type; dW and dbias in it over a strip of rows, then in double.
 #include "entry_points.h"
@@ -12,15 +12,16 @@
 namespace refconv::cpu::REFCONV_ISA {
 namespace {
 
-// Adds the pixels of rows of dy to totals [out_channels].
+// Adds the channels [first, last) of the pixels of rows of dy to totals [out_channels].
 template <typename S>
-void add_rows(const GroupedProblem& p, const S* grad_y, double* totals, int64_t begin, int64_t end) {
+void add_rows(const GroupedProblem& p, const S* grad_y, double* totals, int64_t first, int64_t last, int64_t begin,
+              int64_t end) {
   constexpr int64_t kLane = kLanes<Compute<S>>;
   const int64_t channels = p.out_channels();
   for (int64_t row = begin; row < end; ++row) {
     const S* dy = grad_y + row * p.out_w * channels;
-    for (int64_t c = 0; c < channels; c += kLane) {
-      const int64_t count = least(kLane, channels - c);
+    for (int64_t c = first; c < last; c += kLane) {
+      const int64_t count = least(kLane, last - c);
       Vec<Compute<S>> sum = {};
       for (int64_t j = 0; j < p.out_w; ++j) sum += load_lanes(dy + j * channels + c, count);
       for (int64_t lane = 0; lane < count; ++lane) totals[c + lane] += static_cast<double>(sum[lane]);
@@ -86,26 +87,28 @@ int64_t zeros_behind(const Lattices& lattices, const GroupedProblem& p) {
   return zeros;
 }
 
-// Rows of x whose data, with that of dy, fit a strip.
+// Rows of so many channels of x whose data, with that of dy, fit a strip.
 template <typename S>
-int64_t strip_of(const GroupedProblem& p) {
-  const int64_t row = p.in_w * p.channels + p.out_w * p.out_channels() / p.stride_h;
+int64_t strip_of(const GroupedProblem& p, int64_t channels) {
+  const int64_t row = p.in_w * channels + p.out_w * ceil_div(channels * p.multiplier, p.per_group) / p.stride_h;
   return most(1, least(strip_bytes() / (row * static_cast<int64_t>(sizeof(S))), kStripTerms / p.in_w));
 }
 
 }  // namespace
 
 template <typename S>
-NhwcBackward<S>::NhwcBackward(const GroupedProblem& p, bool need_input, bool need_weight)
+NhwcBackward<S>::NhwcBackward(const GroupedProblem& p, int64_t begin, int64_t end, bool need_input, bool need_weight)
     : p_(p),
+      begin_(begin),
+      end_(end),
       need_input_(need_input),
       need_weight_(need_weight),
       tiled_(has_nhwc_3x3_tiles(p, sizeof(S), true)),
       lattices_(p),
-      strip_(strip_of<S>(p)),
+      strip_(strip_of<S>(p, end - begin)),
       left_(zeros_before(lattices_, p)),
       x_(1, p.pad_w, p.in_w, (p.out_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1,
-         gcd(p.stride_w, p.dilation_w)),
+         seen_every(p.stride_w, p.dilation_w, p.kernel_w)),
       dy_(least(p.out_h, (p.kernel_h - 1) * p.dilation_h / p.stride_h + 1) * p.multiplier, left_, p.out_w,
           left_ + p.out_w + zeros_behind(lattices_, p)),
       output_(most(kLeastTile, ceil_div(p.in_w, p.stride_w))),
@@ -141,16 +144,17 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
   const auto add = p_.dilation_w > 1 || p_.stride_w > 2 ? add_row_products<T, 0>
                    : p_.stride_w == 1                   ? add_row_products<T, 1>
                                                         : add_row_products<T, 2>;
-  const bool fetched = maps != Maps::kCached;
+  // The lines of some channels only are nowhere together.
+  const bool fetched = maps != Maps::kCached && end_ - begin_ == p_.channels;
   Next<S> next_x{x + (i + rows) * x_pitch, fetched ? kLane : 0};
   Next<S> next_dx{need_input_ ? grad_x + (i + rows) * x_pitch : nullptr,
-                  need_input_ && maps == Maps::kMemory ? kLane : 0};
+                  need_input_ && fetched && maps == Maps::kMemory ? kLane : 0};
   Next<S> next_dy{grad_y + (last_met(i + rows - 1) + 1) * y_pitch,
                   fetched ? ceil_div(p_.multiplier * kLane, p_.per_group) : 0};
   const bool depthwise = p_.multiplier == 1 && p_.per_group == 1;
   find_met(weight, i, rows);
-  for (int64_t c = 0; c < p_.channels; c += kLane) {
-    const int64_t count = least(kLane, p_.channels - c);
+  for (int64_t c = begin_; c < end_; c += kLane) {
+    const int64_t count = least(kLane, end_ - c), lane = c - begin_;
     const MetChannels<T> met_channels(c, count, p_.per_group, p_.multiplier);
     for (int64_t row = i, taken = 0; row < i + rows; ++row) {
       taken = most(taken, ceil_div(row + p_.pad_h - reach, p_.stride_h));
@@ -164,7 +168,7 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
       if (need_weight_ && met_count > 0) {  // the sums lie as the weights do
         x_.take(0, x + row * x_pitch + c, p_.channels, count);
         for (int64_t k = 0; k < met_count; ++k) {
-          add_row(p_, add, x_.row(0), met[k].pixels + left_ * kLane, total.data + (met[k].weight - weight.data) + c,
+          add_row(p_, add, x_.row(0), met[k].pixels + left_ * kLane, total.data + (met[k].weight - weight.data) + lane,
                   total.step);
         }
       }
@@ -183,7 +187,7 @@ void NhwcBackward<S>::run_strip(TapMajor<const T> weight, const S* grad_y, const
                                                right - left,
                                                1,
                                                columns.shift,
-                                               (columns.last - left * columns.step) * weight.step + c,
+                                               (columns.last - left * columns.step) * weight.step + lane,
                                                -columns.step * weight.step};
                         tiles.correlate(seen, (v + columns.first_dy + left * columns.shift + left_) * kLane, Vec<T>{},
                                         to, to_step, around);
@@ -242,44 +246,66 @@ void NhwcBackward<S>::run(TapMajor<const T> weight, const S* grad_y, const S* x,
 template class NhwcBackward<float>;
 template class NhwcBackward<double>;
 
+namespace {
+
+// Chunks [begin, end) of the channels [first, last) of x.
 template <typename S>
-void nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
-                   int64_t chunks, bool need_weight, bool need_bias, int64_t begin, int64_t end) {
+void backward_block(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
+                    int64_t chunks, int64_t first, int64_t last, bool need_weight, bool need_bias, int64_t begin,
+                    int64_t end) {
   using T = Compute<S>;
-  const int64_t size_of_lane = p.multiplier * p.taps();
-  const OwnTaps<S> taps(size_of_lane, p.channels, [&](int64_t c, int64_t t) {
-    const int64_t out = c / p.per_group * p.multiplier + t / p.taps();
-    return weight + (out * p.per_group + c % p.per_group) * p.taps() + t % p.taps();
+  const int64_t size_of_lane = p.multiplier * p.taps(), channels = last - first;
+  // As large a part of the channels of dy.
+  const int64_t first_out = first * p.out_channels() / p.channels, last_out = last * p.out_channels() / p.channels;
+  const OwnTaps<S> taps(p.multiplier, p.taps(), channels, [&](int64_t lane, int64_t k) {
+    const int64_t c = first + lane, out = c / p.per_group * p.multiplier + k;
+    return weight + (out * p.per_group + c % p.per_group) * p.taps();
   });
-  OwnTaps<S> total(size_of_lane, p.channels);
-  NhwcBackward<S> backward(p, grad_x != nullptr, need_weight);
+  OwnTaps<S> total(size_of_lane, channels);
+  NhwcBackward<S> backward(p, first, last, grad_x != nullptr, need_weight);
   const int64_t rows = p.batch * p.in_h, out_rows = p.batch * p.out_h, strip = most(1, kStripTerms / p.in_w);
   const int64_t size = p.group_taps() * p.groups() + p.out_channels();
   const Maps maps = grad_x != nullptr ? maps_of(p, grad_x, p.batch * p.in_size()) : Maps::kMemory;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    double* sums = totals + chunk * size;
-    for (int64_t k = 0; k < size; ++k) sums[k] = 0;
+    double *sums = totals + chunk * size, *bias_sums = sums + p.group_taps() * p.groups();
+    sums += first;
+    for (int64_t t = 0; t < size_of_lane; ++t) {
+      for (int64_t c = 0; c < channels; ++c) sums[t * p.channels + c] = 0;
+    }
+    for (int64_t c = first_out; c < last_out; ++c) bias_sums[c] = 0;
     if (need_bias) {
-      add_rows(p, grad_y, sums + p.group_taps() * p.groups(), out_rows * chunk / chunks,
-               out_rows * (chunk + 1) / chunks);
+      add_rows(p, grad_y, bias_sums, first_out, last_out, out_rows * chunk / chunks, out_rows * (chunk + 1) / chunks);
     }
     if (grad_x == nullptr && !need_weight) continue;
-    const int64_t last = rows * (chunk + 1) / chunks;
-    for (int64_t row = rows * chunk / chunks; row < last;) {
+    const int64_t last_row = rows * (chunk + 1) / chunks;
+    for (int64_t row = rows * chunk / chunks; row < last_row;) {
       const int64_t n = row / p.in_h, i = row % p.in_h, image = n * p.in_size() * p.channels;
-      const int64_t some = least(least(strip, last - row), p.in_h - i);
+      const int64_t some = least(least(strip, last_row - row), p.in_h - i);
       backward.run(taps.view(), grad_y + n * p.out_size() * p.out_channels(), x + image,
                    grad_x != nullptr ? grad_x + image : nullptr, i, some, total.view(), maps);
       row += some;
       if (!need_weight) continue;
       for (int64_t t = 0; t < size_of_lane; ++t) {
         const T* from = total.view().at(t, 0);
-        for (int64_t c = 0; c < p.channels; ++c) sums[t * p.channels + c] += static_cast<double>(from[c]);
+        for (int64_t c = 0; c < channels; ++c) sums[t * p.channels + c] += static_cast<double>(from[c]);
       }
       total.clear();
     }
   }
   if (maps == Maps::kAround) end_streams();
+}
+
+}  // namespace
+
+template <typename S>
+void nhwc_backward(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
+                   int64_t chunks, int64_t block, bool need_weight, bool need_bias, int64_t begin, int64_t end) {
+  for (int64_t last; begin < end; begin = last) {
+    const int64_t first = begin / chunks * block;
+    last = least(end, (begin / chunks + 1) * chunks);
+    backward_block(p, grad_y, x, weight, grad_x, totals, chunks, first, least(first + block, p.channels), need_weight,
+                   need_bias, begin % chunks, begin % chunks + last - begin);
+  }
 }
 
 REFCONV_INSTANTIATE_NHWC_BACKWARD(float)

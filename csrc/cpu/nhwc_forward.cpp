@@ -50,7 +50,8 @@ NhwcForward<S>::NhwcForward(const GroupedProblem& p)
                    most(1, strip_bytes() / (p.stride_h * p.in_w * p.channels * static_cast<int64_t>(sizeof(S)))))),
       tiles_(p.out_w, p.stride_w, p.dilation_w),
       x_(least(span_of(p), p.in_h) * p.per_group, p.pad_w, p.in_w,
-         (tiles_.padded() - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1, gcd(p.stride_w, p.dilation_w)),
+         (tiles_.padded() - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1,
+         seen_every(p.stride_w, p.dilation_w, p.kernel_w)),
       output_(tiles_.padded()),
       met_(strip_, p.per_group * p.kernel_h),
       pixel_((p.per_group + 1) * kLanes<T>) {}
@@ -77,7 +78,7 @@ void NhwcForward<S>::run_strip(TapMajor<const T> weight, const S* x, const S* bi
                                Maps maps) {
   constexpr int64_t kLane = kLanes<T>;
   const int64_t x_pitch = p_.in_w * p_.channels, channels = p_.out_channels(), y_pitch = p_.out_w * channels;
-  const int64_t every = gcd(p_.stride_h, p_.dilation_h);  // of the rows that one of y spans, those it may meet
+  const int64_t every = seen_every(p_.stride_h, p_.dilation_h, p_.kernel_h);  // of the rows that one of y spans
   const int64_t after = least(p_.in_h, (i + rows - 1) * p_.stride_h - p_.pad_h + span_of(p_));
   const bool clips = meets_only_zeros(tiles_.pixels, p_.stride_w, p_.pad_w);
   const bool depthwise = p_.multiplier == 1 && p_.per_group == 1;
@@ -155,7 +156,7 @@ template <typename S>
 void nhwc_forward(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                   int64_t end) {
   const int64_t size = p.per_group * p.taps();
-  const OwnTaps<S> taps(size, p.out_channels(), [&](int64_t c, int64_t t) { return weight + c * size + t; });
+  const OwnTaps<S> taps(1, size, p.out_channels(), [&](int64_t c, int64_t) { return weight + c * size; });
   NhwcForward<S> forward(p);
   const Maps maps = maps_of(p, y, p.batch * p.out_size());
   while (begin < end) {

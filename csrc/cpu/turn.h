@@ -24,6 +24,22 @@ inline void transpose(Vec<T>* rows) {
   }
 }
 
+// Element t of what row(lane) points to, `size` of them, becomes to[t * step + lane]; `lanes` of them are rounded up,
+// with zeros. One element after the other takes ten times as long.
+template <typename S, typename Row>
+REFCONV_APART void turn_rows(int64_t lanes, int64_t size, const Row& row, Compute<S>* to, int64_t step) {
+  using T = Compute<S>;
+  constexpr int64_t kLane = kLanes<T>;
+  for (int64_t c = 0; c < lanes; c += kLane) {
+    for (int64_t t = 0; t < size; t += kLane) {
+      Vec<T> rows[kLane];
+      for (int64_t r = 0; r < kLane; ++r) rows[r] = c + r < lanes ? load_lanes(row(c + r) + t, size - t) : Vec<T>{};
+      transpose<T>(rows);
+      for (int64_t i = 0; i < least(kLane, size - t); ++i) store(to + (t + i) * step + c, rows[i]);
+    }
+  }
+}
+
 // The planes of a block of channels, one behind the other; `next` is the block that follows, `out` one to be written.
 template <typename S>
 struct Planes {

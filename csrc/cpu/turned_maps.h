@@ -19,7 +19,7 @@ class ImageMaps {
   ImageMaps(const GroupedProblem& p, bool backward)
       : p_(of_block(p)),
         forward_(p_),
-        backward_(p_, true, true),
+        backward_(p_, 0, p_.channels, true, true),
         x_(p_.in_size() * p_.channels),
         y_(p_.out_size() * p_.out_channels()),
         dx_(backward ? p_.in_size() * p_.channels : 0) {}

@@ -38,9 +38,11 @@ void test_nhwc(const refconv::cpu::GroupedKernels<T>& kernels, const std::string
   for (const bool wanted : {true, false}) {
     Buffer<double> totals = poisoned_buffer<double>(chunks * totals_size);
     got = poisoned_buffer<T>(x_size);
-    for (int64_t k = 0; k < chunks; ++k) {
+    const int64_t block = wanted && !refconv::cpu::has_nhwc_3x3(p) ? (p.channels + 2) / 3 : p.channels;
+    const int64_t tasks = chunks * ((p.channels + block - 1) / block);
+    for (int64_t task = 0; task < tasks; task += 2) {
       kernels.nhwc_backward(p, dy_last.get(), x_last.get(), w.get(), wanted ? got.get() : nullptr, totals.get(), chunks,
-                            true, wanted, k, k + 1);
+                            block, true, wanted, task, std::min(task + 2, tasks));
     }
     Buffer<T> got_dw = poisoned_buffer<T>(p.groups() * p.group_taps());
     Buffer<T> got_db = poisoned_buffer<T>(p.out_channels());
