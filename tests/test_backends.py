@@ -99,6 +99,14 @@ def test_grouped_limits_name_what_is_not_covered() -> None:
     five = "in_channels / groups (=5) in channels_last: PyTorch's is faster above 4"
     assert cpu.grouped_conv2d_slower(last, torch.randn(8, 5, 3, 3), 4, UNIT) == five
     assert cpu.grouped_conv2d_slower(last, torch.randn(5, 4, 3, 3), 5, UNIT) is None
+    many = torch.randn(2, 56, 5, 5).to(memory_format=torch.channels_last)
+    seven = "in_channels / groups (=7) in channels_last: PyTorch's is faster above 6"
+    assert cpu.grouped_conv2d_slower(many, torch.randn(8, 7, 3, 3), 8, UNIT) == seven
+    many = torch.randn(2, 48, 5, 5).to(memory_format=torch.channels_last)
+    six = "in_channels / groups (=6) in channels_last: PyTorch's is faster above 4"
+    assert cpu.grouped_conv2d_slower(many, torch.randn(8, 6, 3, 3), 8, UNIT) is None
+    assert cpu.grouped_conv2d_slower(many, torch.randn(8, 6, 2, 2), 8, UNIT) == six
+    assert cpu.grouped_conv2d_slower(many.bfloat16(), torch.randn(8, 6, 3, 3).bfloat16(), 8, UNIT) == six
     assert cpu.grouped_conv2d_slower(last, torch.randn(40, 1, 3, 3), 20, UNIT) is None
     with use_backend("cpu"):  # grouped, but not covered: PyTorch's on every backend
         assert functional.conv2d(x, torch.randn(4, 17, 3, 3), groups=2).shape == (1, 4, 3, 3)

@@ -107,22 +107,25 @@ def test_results_do_not_depend_on_threads(case: Case) -> None:
 @needs_native
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "size"),
+    ("kernel", "stride", "per_group", "size"),
     [
-        (3, 1, (23, 19, 40)),
-        (3, 2, (23, 19, 40)),
-        (3, 1, (23, 7, 7)),
-        (3, 2, (23, 14, 14)),
-        (3, 1, (23, 5, 4)),
-        (5, 1, (23, 9, 8)),
-        (3, 1, (48, 65, 68)),  # in channels_last large enough for tiles of two rows, which threads may part
-        (3, 2, (48, 83, 72)),
+        (3, 1, 1, (5, 23, 19, 40)),
+        (3, 2, 1, (5, 23, 19, 40)),
+        (3, 1, 1, (5, 23, 7, 7)),
+        (3, 2, 1, (5, 23, 14, 14)),
+        (3, 1, 1, (5, 23, 5, 4)),
+        (5, 1, 1, (5, 23, 9, 8)),
+        (3, 1, 1, (5, 48, 65, 68)),  # in channels_last large enough for tiles of two rows, which threads may part
+        (3, 2, 1, (5, 48, 83, 72)),
+        (5, 1, 1, (2, 200, 9, 8)),  # in channels_last so few pixels that threads part the channels
+        (3, 1, 3, (2, 195, 9, 8)),
+        (9, 1, 4, (30, 204, 11, 12)),  # in channels_last so many weights that the channels are parted
     ],
 )
 def test_convolutions_do_not_depend_on_threads(
-    kernel: int, stride: int, size: tuple[int, int, int], layout: torch.memory_format
+    kernel: int, stride: int, per_group: int, size: tuple[int, int, int, int], layout: torch.memory_format
 ) -> None:
-    x, weight = torch.randn(5, *size).contiguous(memory_format=layout), torch.randn(size[0], 1, kernel, kernel)
+    x, weight = torch.randn(size).contiguous(memory_format=layout), torch.randn(size[1], per_group, kernel, kernel)
     pairs = [[s, s] for s in (stride, kernel // 2, 1)]
     ops = torch.ops.refconv_cpu
     dy = ops.grouped_conv2d(x, weight, None, *pairs)

@@ -19,7 +19,9 @@ _OPTIMIZED_DTYPES = (torch.float32, torch.float64)
 _DTYPES = (*_OPTIMIZED_DTYPES, torch.bfloat16, torch.float16)
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)  # PyTorch runs them with oneDNN, the others far slower
 _MOST_PER_GROUP = 16  # input channels of a group: a thread holds that many padded planes
-_FASTER_PER_GROUP_LAST = 4  # of those, up to which the channels_last kernel is faster than PyTorch's
+# Of those, up to which the channels_last kernel is faster than PyTorch's; and in float32, with so many groups and taps.
+_FASTER_PER_GROUP_LAST = 4
+_FASTER_PER_GROUP_LAST_FLOAT32, _FEW_GROUPS, _FEW_TAPS = 6, 8, 9
 _WIDE_ROW = 64  # entries of W_r per 2-D kernel from which the kernel takes a matrix product (csrc/cpu/refocus.cpp)
 
 # Multiply-adds of narrower rows up to which PyTorch's call costs more than its loops gain.
@@ -120,7 +122,8 @@ def grouped_conv2d_slower(input: Tensor, weight: Tensor, groups: int, geometry: 
     per_group = weight.shape[1]
     if per_group % 8 == 0:
         return f"in_channels / groups (={per_group}) is a multiple of 8: PyTorch's is faster"
-    most = _FASTER_PER_GROUP_LAST
+    many = input.dtype == torch.float32 and groups >= _FEW_GROUPS and weight.shape[2] * weight.shape[3] >= _FEW_TAPS
+    most = _FASTER_PER_GROUP_LAST_FLOAT32 if many else _FASTER_PER_GROUP_LAST
     if per_group > most and (is_channels_last(input) or is_channels_last(weight)):
         return f"in_channels / groups (={per_group}) in channels_last: PyTorch's is faster above {most}"
     return None
