@@ -98,7 +98,8 @@ namespace refconv::cpu {
     // The other kernels meet every plane of dy of a group with each plane of x.
     const int64_t met = std::min(p.per_group, p.multiplier) * p.multiplier;
     const bool many = vector_registers == 32;
-    least = wide ? 288 * met : many ? std::max<int64_t>(200, 100 * met) : 200;
+    const int64_t of_few_registers = p.taps() >= 25 && p.stride_w == 1 ? 400 : 200;
+    least = wide ? 288 * met : many ? std::max<int64_t>(200, 100 * met) : of_few_registers;
     per_tap = !many ? 8 : wide ? 52 : 26;
   }
   if (p.taps() < kFewTaps) least = wide ? least / 2 : 0;
