@@ -29,6 +29,7 @@ class Problem:
     multiplier: int = 1
     per_group: int = 1
     dtype: torch.dtype = torch.float32
+    images: int = 1  # times those of the other problems
 
     @property
     def label(self) -> str:
@@ -37,6 +38,7 @@ class Problem:
         name += f"_k{self.kernel}s{self.stride}_{self.size}x{self.size}"
         name += f"_d{self.dilation}" if self.dilation > 1 else ""
         name += f"_m{self.multiplier}" if self.multiplier > 1 else ""
+        name += f"_{self.images}batches" if self.images > 1 else ""
         return name + ("" if self.dtype == torch.float32 else f"_{self.dtype}".replace("torch.", ""))
 
     @property
@@ -58,6 +60,8 @@ PROBLEMS = [
     Problem(120, 28, 5, dilation=2),
     *(Problem(channels, 28, multiplier=multiplier) for channels, multiplier in ((96, 2), (16, 8))),
     *(Problem(128, 28, per_group=per_group) for per_group in (2, 4)),
+    Problem(480, 7, 5, per_group=4),
+    *(Problem(channels, size, images=images) for channels, size, images in ((576, 14, 4), (960, 7, 8))),
     Problem(58, 28),
     *(
         Problem(channels, size, kernel, stride, dtype=torch.bfloat16)
@@ -90,18 +94,19 @@ def _tensors(problem: Problem, batch: int, layout: torch.memory_format) -> tuple
 
 
 def _check(problem: Problem, x: Tensor, weight: Tensor, grad: Tensor) -> None:
-    """Ours and PyTorch's against float64, on the first images."""
+    """Ours and PyTorch's against float64, on the first images; on all where their number is what is unusual."""
+    checked = CHECKED if problem.images == 1 else len(x)
 
     def results(run: Callable[..., Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (x[:CHECKED], weight)]
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x[:checked], weight)]
         y = run(*leaves, None, **problem.options)
-        gradients = torch.autograd.grad(y, leaves, grad[:CHECKED].to(dtype))
+        gradients = torch.autograd.grad(y, leaves, grad[:checked].to(dtype))
         return dict(zip(("y", "x", "weight"), (y.detach(), *gradients), strict=True))
 
     with one_thread():
         expected = results(F.conv2d, torch.float64)
     window = problem.kernel**2 * problem.per_group
-    terms = {"y": window, "x": window * problem.multiplier, "weight": grad[:CHECKED, 0].numel()}
+    terms = {"y": window, "x": window * problem.multiplier, "weight": grad[:checked, 0].numel()}
     Agreement(expected, results(F.conv2d, problem.dtype), terms).require("ours", results(conv2d, problem.dtype))
 
 
@@ -117,6 +122,7 @@ def test_convolution(
     batch: int,
     measure: Callable[..., Any],
 ) -> None:
+    batch *= problem.images
     x, weight, grad = _tensors(problem, batch, layout)
     if formulation == "ours":
         _check(problem, x, weight, grad)

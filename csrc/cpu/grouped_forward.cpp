@@ -260,7 +260,8 @@ void grouped_forward(const GroupedProblem& p, const S* x, const S* weight, const
   }
   const Plane plane = Plane::of<T>(p);
   const auto run = correlation<S>(p, plane);
-  const bool streamed = streams(p.batch * p.out_channels() * p.out_size() * static_cast<int64_t>(sizeof(S)));
+  const int64_t plane_bytes = p.out_size() * static_cast<int64_t>(sizeof(S));
+  const bool streamed = streams(p.batch * p.out_channels() * plane_bytes, plane_bytes);
   Scratch<T> scratch(p.per_group * plane.size()), kernel(p.per_group * p.taps());
   Scratch<S> out(streamed ? p.out_size() : 0);
   Scratch<int64_t> offsets(p.taps());

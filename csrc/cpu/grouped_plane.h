@@ -28,7 +28,8 @@ class Backward {
       : p_(p),
         in_place_(p.stride_w == 1 && p.stride_h == 1 && p.taps() <= kMaxTaps && p.kernel_h <= kMaxTapRows &&
                   sizeof(S) == sizeof(T)),
-        streamed_(streams(p.batch * p.channels * p.in_size() * static_cast<int64_t>(sizeof(S)))),
+        streamed_(streams(p.batch * p.channels * p.in_size() * static_cast<int64_t>(sizeof(S)),
+                          p.in_size() * static_cast<int64_t>(sizeof(S)))),
         top_((p.kernel_h - 1) * p.dilation_h / p.stride_h),
         left_((p.kernel_w - 1) * p.dilation_w / p.stride_w),
         rows_(ceil_div(p.in_h, p.stride_h)),

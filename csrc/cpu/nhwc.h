@@ -116,7 +116,7 @@ template <typename S>
 Maps maps_of(const GroupedProblem& p, const S* output, int64_t pixels) {
   const int64_t vector = kLanes<Compute<S>> * static_cast<int64_t>(sizeof(S));
   const bool around =
-      vector == 64 && p.multiplier == 1 && streams(pixels * p.channels * static_cast<int64_t>(sizeof(S))) &&
+      vector == 64 && p.multiplier == 1 && streams(pixels * p.channels * static_cast<int64_t>(sizeof(S)), vector) &&
       p.channels % kLanes<Compute<S>> == 0 && reinterpret_cast<uintptr_t>(output) % static_cast<uintptr_t>(vector) == 0;
   return around ? Maps::kAround : Maps::kMemory;
 }

@@ -52,7 +52,8 @@ class PlaneOutput {
   // Planes of `size` pixels in rows of `width`, `all` of them, `together` at once. `first` is null where nobody wants
   // them.
   PlaneOutput(const S* first, int64_t all, int64_t size, int64_t width, int64_t together)
-      : streamed_(first != nullptr && streams(all * size * static_cast<int64_t>(sizeof(S)))),
+      : streamed_(first != nullptr && streams(all * size * static_cast<int64_t>(sizeof(S)),
+                                              together * size * static_cast<int64_t>(sizeof(S)))),
         straight_(streamed_ && kVectorBytes == 64 && width % kLanes<Compute<S>> == 0 &&
                   reinterpret_cast<uintptr_t>(first) % kVectorBytes == 0),
         plane_(streamed_ && !straight_ ? together * size : 0) {}

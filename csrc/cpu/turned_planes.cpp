@@ -118,16 +118,18 @@ class Block {
   Scratch<T> weight_, bias_;
 };
 
+// Outputs of `channels` planes of `size` pixels, in blocks of so many.
 template <typename S>
-bool streams_planes(const GroupedProblem& p, int64_t channels, int64_t size) {
-  return streams(p.batch * channels * size * static_cast<int64_t>(sizeof(S)));
+bool streams_planes(const GroupedProblem& p, int64_t channels, int64_t size, int64_t block) {
+  const int64_t bytes = size * static_cast<int64_t>(sizeof(S));
+  return streams(p.batch * channels * bytes, least(block, channels) * bytes);
 }
 
 template <typename S, typename Maps>
 void forward_blocks(const GroupedProblem& p, const S* x, const S* weight, const S* bias, S* y, int64_t begin,
                     int64_t end) {
-  const bool streamed = streams_planes<S>(p, p.out_channels(), p.out_size());
   Block<S, Maps> block(p, false);
+  const bool streamed = streams_planes<S>(p, p.out_channels(), p.out_size(), block.out());
   Scratch<S> out(streamed ? block.out() * p.out_size() : 0);
   for (int64_t held = -1, held_end = -1, count; begin < end; begin += count) {
     // All images of a block before the next one.
@@ -152,9 +154,9 @@ template <typename S, typename Maps>
 void backward_blocks(const GroupedProblem& p, const S* grad_y, const S* x, const S* weight, S* grad_x, double* totals,
                      int64_t chunks, bool need_bias, int64_t begin, int64_t end) {
   using T = Compute<S>;
-  const bool streamed = grad_x != nullptr && streams_planes<S>(p, p.channels, p.in_size());
   const int64_t rows = p.multiplier * p.taps();  // of sums of dW; then those of dbias
   Block<S, Maps> block(p, true);
+  const bool streamed = grad_x != nullptr && streams_planes<S>(p, p.channels, p.in_size(), block.in());
   Scratch<S> out(streamed ? block.in() * p.in_size() : 0);
   Scratch<T> lanes(rows * block.in() + block.out());
   T* const bias_lanes = lanes.data() + rows * block.in();
