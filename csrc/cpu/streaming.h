@@ -17,7 +17,7 @@ inline bool streams(int64_t bytes, int64_t piece_bytes) {
 }
 
 // Copies `count` elements, whole lines around the cache. A line that is written half through the cache and half around
-// it takes as long as some twenty others.
+// it costs as much as sixty others (docs/performance.md).
 template <typename S>
 void stream(S* to, const S* from, int64_t count) {
 #ifdef __AVX2__

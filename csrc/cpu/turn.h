@@ -25,7 +25,7 @@ inline void transpose(Vec<T>* rows) {
 }
 
 // Element t of what row(lane) points to, `size` of them, becomes to[t * step + lane]; `lanes` of them are rounded up,
-// with zeros. One element after the other takes ten times as long.
+// with zeros.
 template <typename S, typename Row>
 REFCONV_APART void turn_rows(int64_t lanes, int64_t size, const Row& row, Compute<S>* to, int64_t step) {
   using T = Compute<S>;

@@ -40,22 +40,20 @@ class Block {
   // Of `groups` groups, for forward(); bias may be null.
   void take_weight(const S* weight, const S* bias, int64_t groups) {
     const int64_t size = p_.per_group * p_.taps(), count = groups * p_.multiplier;
-    for (int64_t c = 0; c < out_; c += kLane) {
-      turn_in<S>({weight + c * size, size, least(kLane, count - c), nullptr, nullptr, 0},
-                 [&](int64_t t, Vec<T> v) { store(weight_.data() + t * out_ + c, v); });
-      if (bias != nullptr && c < count) store(bias_.data() + c, load_lanes(bias + c, count - c));
+    turn_rows<S>(count, size, [&](int64_t lane) { return weight + lane * size; }, weight_.data(), out_);
+    for (int64_t c = 0; bias != nullptr && c < count; c += kLane) {
+      store(bias_.data() + c, load_lanes(bias + c, count - c));
     }
   }
   // The same for backward(), where lanes are input channels (TapMajor).
   void take_weight_back(const S* weight, int64_t groups) {
-    if (p_.per_group == 1 && p_.multiplier == 1) return take_weight(weight, nullptr, groups);
     const int64_t taps = p_.taps();
-    for (int64_t c = 0; c < groups * p_.per_group; ++c) {
-      const S* from = weight + (c / p_.per_group * p_.multiplier * p_.per_group + c % p_.per_group) * taps;
-      T* to = weight_.data() + c;
-      for (int64_t k = 0; k < p_.multiplier; ++k, from += p_.per_group * taps) {
-        for (int64_t t = 0; t < taps; ++t, to += in_) *to = load_one(from + t);
-      }
+    for (int64_t k = 0; k < p_.multiplier; ++k) {
+      const auto run = [&](int64_t lane) {
+        const int64_t out = lane / p_.per_group * p_.multiplier + k;
+        return weight + (out * p_.per_group + lane % p_.per_group) * taps;
+      };
+      turn_rows<S>(groups * p_.per_group, taps, run, weight_.data() + k * taps * in_, in_);
     }
   }
 
