@@ -76,6 +76,12 @@ namespace refconv::cpu {
   return padded > kTimes * static_cast<double>(p.in_size() + p.out_size());
 }
 
+// Groups whose channels, of input and of output, fill whole vectors of so many lanes: those of one block of turned
+// planes.
+[[maybe_unused]] static int64_t groups_of_block(const GroupedProblem& p, int64_t lanes) {
+  return lanes / std::gcd(lanes, std::gcd(p.per_group, p.multiplier));
+}
+
 // Whether planes, of a type of so many bytes, are so small that those of some groups are turned into the lanes of such
 // vectors (turned_planes.cpp). Turning takes as long for one tap as for many; otherwise short rows leave lanes idle,
 // more of them in wide vectors. All limits were measured, on Intel (docs/performance.md).
@@ -86,8 +92,7 @@ namespace refconv::cpu {
   if (has_planes_3x3(p)) return false;
   if (is_mostly_padding(p)) return true;
   const int64_t lanes = vector_bytes / std::max<int64_t>(element_bytes, 4);
-  // A block has so many groups; of the lanes of all blocks, so many have some.
-  const int64_t block = lanes / std::gcd(lanes, std::gcd(p.per_group, p.multiplier));
+  const int64_t block = groups_of_block(p, lanes);  // of the lanes of all blocks, so many have groups:
   const double filled = static_cast<double>(p.groups()) / static_cast<double>((p.groups() + block - 1) / block * block);
   if (block * (p.per_group * p.in_size() + p.multiplier * p.out_size()) > kMostElements) return false;
 

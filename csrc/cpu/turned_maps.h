@@ -14,7 +14,7 @@ class ImageMaps {
   static constexpr int64_t kLane = kLanes<T>;
 
  public:
-  static int64_t groups_at_once(const GroupedProblem& p) { return kLane / gcd(kLane, gcd(p.per_group, p.multiplier)); }
+  static int64_t groups_at_once(const GroupedProblem& p) { return groups_of_block(p, kLane); }
 
   ImageMaps(const GroupedProblem& p, bool backward)
       : p_(of_block(p)),
